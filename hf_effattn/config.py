@@ -1,0 +1,152 @@
+"""The options of each mechanism, as frozen dataclasses that go into `config.json` and come back from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
+
+from .feature_maps import FEATURE_MAPS
+from .patterns import PATTERNS, Pattern, make_pattern, pattern_from_spec
+from .patterns.base import whole_number
+from .registry import Registry
+
+CONFIGS: Registry[type[MechanismConfig]] = Registry("mechanism")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MechanismConfig:
+    """What the options of all mechanisms share.
+
+    Args:
+        backend: Which code computes the attention. "auto" chooses; an explicit name never falls back to another.
+    """
+
+    mechanism: ClassVar[str]
+    backends: ClassVar[tuple[str, ...]]
+
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.backend not in self.backends:
+            valid = ", ".join(self.backends)
+            raise ValueError(f"unknown backend {self.backend!r} of {self.mechanism} attention; valid: {valid}")
+
+    @classmethod
+    def options(cls) -> list[str]:
+        return [field.name for field in fields(cls)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the config as JSON-able data; `config_from_dict` reads it."""
+        return {"mechanism": self.mechanism, **asdict(self)}
+
+
+@CONFIGS.register("linear")
+@dataclass(frozen=True, kw_only=True)
+class LinearConfig(MechanismConfig):
+    """Options of linear attention: a recurrent state in place of the KV cache, optionally with a softmax window.
+
+    Args:
+        feature_map: Name of the feature map φ.
+        window: Visible keys of the softmax window, the query's own included; 0 for none. Keys that leave the window
+            enter the linear state.
+        num_sinks: First tokens of each row that stay in the softmax branch for good; needs a window.
+        chunk_size: Tokens of one chunk of the parallel form. It changes speed and rounding, nothing else.
+        backend: "auto", "chunked", or "reference" (slow and quadratic: for tests).
+    """
+
+    mechanism: ClassVar[str] = "linear"
+    backends: ClassVar[tuple[str, ...]] = ("auto", "chunked", "reference")
+
+    feature_map: str = "hedgehog"
+    window: int = 64
+    num_sinks: int = 4
+    chunk_size: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        FEATURE_MAPS.get(self.feature_map)
+        whole_number("window", self.window, 0)
+        whole_number("num_sinks", self.num_sinks, 0)
+        whole_number("chunk_size", self.chunk_size, 1)
+        if self.num_sinks and not self.window:
+            raise ValueError(
+                f"num_sinks={self.num_sinks} needs a softmax window; set window to at least 1, or num_sinks=0"
+            )
+
+
+@CONFIGS.register("sparse")
+@dataclass(frozen=True, kw_only=True)
+class SparseConfig(MechanismConfig):
+    """Options of sparse attention: softmax over the keys that a pattern shows, and a cache that keeps no more.
+
+    Args:
+        pattern: Name of a registered pattern, or a `Pattern` such as `sliding_window(64) | sinks(4)`.
+        window, num_sinks, positions, stride, num_summary: Options of the named pattern; which of them it takes, and
+            what they mean, its factory in `hf_effattn.patterns` says. None leaves the factory's default.
+        backend: "auto", "banded" (windows and sinks only), "masked" (any pattern, a block of queries at a time), or
+            "reference" (slow: for tests).
+    """
+
+    mechanism: ClassVar[str] = "sparse"
+    backends: ClassVar[tuple[str, ...]] = ("auto", "banded", "masked", "reference")
+
+    pattern: str | Pattern = "streaming"
+    window: int | None = None
+    num_sinks: int | None = None
+    positions: Sequence[int] | None = None
+    stride: int | None = None
+    num_summary: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        pattern = self.resolve()
+        if self.backend == "banded" and not (pattern.band and pattern.band.window):
+            raise ValueError(
+                f"backend 'banded' computes windows, with or without sinks; {pattern.describe()} is none: "
+                "use 'auto', 'masked' or 'reference'"
+            )
+
+    def resolve(self) -> Pattern:
+        """Return the pattern these options describe."""
+        names = ("window", "num_sinks", "positions", "stride", "num_summary")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if isinstance(self.pattern, str):
+            return make_pattern(self.pattern, given)
+        if not isinstance(self.pattern, Pattern):
+            raise TypeError(f"pattern must be a Pattern or one of {PATTERNS.names()}; got {self.pattern!r}")
+        if not self.pattern.spec:
+            raise ValueError("a pattern made by hand cannot be saved; make it in a factory under @register_pattern(name)")
+        if given:
+            raise ValueError(f"{sorted(given)} belong to named patterns; {self.pattern.describe()} has its own")
+        return self.pattern
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"mechanism": self.mechanism, "pattern": self.resolve().spec, "backend": self.backend}
+
+
+def make_config(mechanism: str | MechanismConfig, options: dict[str, Any]) -> MechanismConfig:
+    """Build the config of `mechanism` from its name and options; a config passes through, if no options come with it.
+
+    Raises:
+        ValueError: for an unknown mechanism, option or value; the message names the valid ones.
+        TypeError: for a value of the wrong type.
+    """
+    if isinstance(mechanism, MechanismConfig):
+        if options:
+            raise ValueError(f"options {sorted(options)} cannot be joined to a config; put them into the config")
+        return mechanism
+    config_class = CONFIGS.get(mechanism)
+    unknown = [name for name in options if name not in config_class.options()]
+    if unknown:
+        valid = ", ".join(config_class.options())
+        raise ValueError(f"unknown option {unknown[0]!r} of {mechanism} attention; valid: {valid}")
+    return config_class(**options)
+
+
+def config_from_dict(data: dict[str, Any]) -> MechanismConfig:
+    """Read back what `MechanismConfig.to_dict` wrote."""
+    options = {key: value for key, value in data.items() if key != "mechanism"}
+    if isinstance(options.get("pattern"), dict):
+        options["pattern"] = pattern_from_spec(options["pattern"])
+    return make_config(data["mechanism"], options)

@@ -1,0 +1,37 @@
+"""The Hedgehog feature map."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .base import FEATURE_MAPS, FeatureMap
+
+
+@FEATURE_MAPS.register("hedgehog")
+class Hedgehog(FeatureMap):
+    """`φ(x) = [softmax(Wx), softmax(−Wx)]`, W learned per head, F = 2D (Zhang 2024, arXiv 2402.04347).
+
+    The softmax runs over the features, never over tokens. W starts as the identity and has no bias.
+    """
+
+    def __init__(self, head_dim: int, num_heads: int) -> None:
+        super().__init__(head_dim, num_heads)
+        self.weight = nn.Parameter(torch.empty(num_heads, head_dim, head_dim))  # [H, D, D]
+        self.reset_parameters()
+
+    @property
+    def feature_dim(self) -> int:
+        return 2 * self.head_dim
+
+    @property
+    def flops_per_token(self) -> int:
+        return 2 * self.head_dim**2 + 5 * self.feature_dim
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.matmul(x, self.weight.to(x.dtype).transpose(1, 2))  # [B, H, T, D]
+        return torch.cat((x.softmax(dim=-1), (-x).softmax(dim=-1)), dim=-1)  # [B, H, T, F]
+
+    def reset_parameters(self) -> None:
+        with torch.no_grad():
+            self.weight.copy_(torch.eye(self.head_dim).expand_as(self.weight))

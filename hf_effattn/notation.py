@@ -1,0 +1,61 @@
+"""The letters that shapes are written in, the same in docstrings, comments and einsum strings.
+
+| letter | dimension                                            |
+|--------|------------------------------------------------------|
+| B      | rows of the batch                                    |
+| H      | query heads                                          |
+| G      | key/value heads; H is a multiple of G                |
+| R      | query heads that share one key/value head, R = H / G |
+| T      | queries (the tokens of this call)                    |
+| S      | keys, or slots of a key/value store                  |
+| D      | head dimension of queries and keys                   |
+| F      | feature dimension of a feature map                   |
+| V      | head dimension of values                             |
+| C      | tokens of one chunk                                  |
+| N      | chunks                                               |
+
+Layout is `[B, H, T, D]` everywhere. A *position* counts the real (not padded) tokens of a row from 0. Padding masks are
+boolean with True = keep. States are float32 whatever the dtype of the model (float64 for a float64 model).
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of recurrent states for activations of `dtype`: float32, or float64 for float64."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of matrix products over features: bfloat16 stays, float16 (whose range is too small) does not."""
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def check_heads(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, last: str) -> None:
+    """Raise a ValueError unless query `[B,H,T,x]`, key `[B,G,S,x]` and value `[B,G,S,V]` fit together.
+
+    Args:
+        last: The letter of the last dimension of query and key, for the message ("D" or "F").
+    """
+    shapes = f"query {list(query.shape)}, key {list(key.shape)}, value {list(value.shape)}"
+    expected = f"expected query [B,H,T,{last}], key [B,G,S,{last}], value [B,G,S,V]; got {shapes}"
+    if not query.ndim == key.ndim == value.ndim == 4:
+        raise ValueError(expected)
+    if query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3] or key.shape[:3] != value.shape[:3]:
+        raise ValueError(expected)
+    if key.shape[1] == 0 or query.shape[1] % key.shape[1]:
+        raise ValueError(f"the number of query heads must be a multiple of that of key/value heads; got {shapes}")
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(f"query, key and value differ in dtype: {query.dtype}, {key.dtype}, {value.dtype}")
+
+
+def check_padding(padding_mask: torch.Tensor | None, batch: int, length: int) -> None:
+    """Raise unless `padding_mask` is None or boolean `[batch, length]` with True = keep."""
+    if padding_mask is None:
+        return
+    if padding_mask.dtype != torch.bool:
+        raise TypeError(f"padding_mask must be boolean (True = keep); got {padding_mask.dtype}")
+    if padding_mask.shape != (batch, length):
+        raise ValueError(f"padding_mask must be [{batch}, {length}]; got {list(padding_mask.shape)}")

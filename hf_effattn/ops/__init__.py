@@ -1,0 +1,1 @@
+"""The mathematics, free of models: per operation a slow `reference.py` and the backends that must equal it."""

@@ -1,0 +1,61 @@
+"""The definition of hybrid attention, with T×S matrices in float64: slow on purpose, the oracle of the tests."""
+
+from __future__ import annotations
+
+import torch
+
+from ..linear import LinearOutput, LinearState
+from ..stream import Stream
+from .options import HybridOptions
+
+
+def hybrid_attention(
+    query: torch.Tensor, stream: Stream, state: LinearState, options: HybridOptions, lengths: torch.Tensor | None
+) -> LinearOutput:
+    """Compute both parts with explicit weights; arguments as in `hf_effattn.ops.hybrid.hybrid_attention`."""
+    groups, tokens = query.shape[1] // stream.key.shape[1], query.shape[2]
+    past = stream.key.shape[2] - tokens
+    sink_key, sink_value = stream.sinks(options.num_sinks)
+    positions = stream.positions(0, past + tokens)[:, None, None, :]  # [B or 1, 1, 1, S]
+    queries = positions[..., past:].transpose(2, 3)  # [B or 1, 1, T, 1]
+    distance = queries - positions
+    plain = positions >= options.num_sinks
+    near = plain & (distance >= 0) & (distance < options.window)
+    far = plain & (distance >= options.window)
+    sinks = torch.arange(sink_key.shape[2], device=query.device) <= queries
+
+    def repeat(x: torch.Tensor) -> torch.Tensor:
+        return x.double().repeat_interleave(groups, dim=1)
+
+    keys, values = torch.cat((sink_key, stream.key), dim=2), torch.cat((sink_value, stream.value), dim=2)
+    scores = torch.einsum("bhtd,bhsd->bhts", query.double() * options.scale, repeat(keys))
+    scores = scores.masked_fill(~torch.cat((sinks.expand_as(near[..., : sinks.shape[-1]]), near), dim=-1), -torch.inf)
+    peak = scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).min)
+    softmax = (scores - peak).exp()
+    query_features, features = options.query_map(query).double(), options.key_map(stream.key)
+    linear = torch.einsum("bhtf,bhsf->bhts", query_features, repeat(features)) * far
+    numerator = linear @ repeat(stream.value) + query_features @ repeat(state.kv)
+    denominator = linear.sum(-1, keepdim=True) + query_features @ repeat(state.normalizer)[..., None]
+    weight = options.bias.double()[:, None, None].exp()
+    scale_back = peak.exp()
+    output = (softmax @ repeat(values)) * scale_back + numerator * weight
+    output = output / (softmax.sum(-1, keepdim=True) * scale_back + denominator * weight)
+    return LinearOutput(output.to(query.dtype), _folded(stream, state, features, options, tokens, lengths))
+
+
+def _folded(
+    stream: Stream,
+    state: LinearState,
+    features: torch.Tensor,
+    options: HybridOptions,
+    tokens: int,
+    lengths: torch.Tensor | None,
+) -> LinearState:
+    """The state after the call: every key that has left the window of the last real token's successor... is in it."""
+    total = stream.key.shape[2]
+    positions = stream.positions(0, total)  # [B or 1, S]
+    last = positions[:, total - tokens :][:, :1] - 1 + (tokens if lengths is None else lengths[:, None])
+    left = (positions >= options.num_sinks) & (last - positions >= options.window)  # [B, S]
+    k, v = features.double() * left[:, None, :, None], stream.value.double()
+    kv = state.kv + torch.einsum("bgsf,bgsv->bgfv", k, v).to(state.kv.dtype)
+    return LinearState(kv, state.normalizer + k.sum(dim=2).to(state.kv.dtype))

@@ -1,0 +1,72 @@
+"""Causal linear attention over mapped queries and keys: validation and the choice of the backend."""
+
+from __future__ import annotations
+
+import torch
+
+from ...notation import check_heads, check_padding
+from . import chunked, recurrent, reference
+from .state import EPS, LinearOutput, LinearState, empty_state
+
+BACKENDS = {
+    "reference": reference.linear_attention,
+    "chunked": chunked.linear_attention,
+    "recurrent": recurrent.linear_attention,
+}
+CHUNK_SIZE = 64
+
+__all__ = ["BACKENDS", "CHUNK_SIZE", "EPS", "LinearOutput", "LinearState", "empty_state", "linear_attention"]
+
+
+def linear_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    state: LinearState | None = None,
+    padding_mask: torch.Tensor | None = None,
+    chunk_size: int | None = None,
+    backend: str = "auto",
+) -> LinearOutput:
+    """Compute causal normalised linear attention `o_t = φ(q_t)ᵀ S_t / max(φ(q_t)ᵀ z_t, 1e-6)`.
+
+    `S_t = S_{t-1} + φ(k_t) v_tᵀ` and `z_t = z_{t-1} + φ(k_t)` (Katharopoulos 2020, arXiv 2006.16236).
+
+    Args:
+        query: φ(q) `[B, H, T, F]`, after the feature map, any floating dtype.
+        key: φ(k) `[B, G, T, F]`, H a multiple of G: consecutive query heads share a key/value head.
+        value: v `[B, G, T, V]`.
+        state: The state after the tokens before these; None for no past.
+        padding_mask: Booleans `[B, T]`, True = keep. A padded token leaves the state as it was; its own output has no
+            meaning.
+        chunk_size: Tokens of one chunk (default 64); changes speed and rounding only.
+        backend: "reference", "chunked", "recurrent", or "auto" (recurrent for one token, else chunked).
+
+    Returns:
+        LinearOutput: output `[B, H, T, V]` in the dtype of the query, and the float32 state after the last token.
+
+    Raises:
+        ValueError: if shapes do not fit together, or for an unknown backend.
+        TypeError: if dtypes do not.
+    """
+    check_heads(query, key, value, "F")
+    batch, _, tokens, features = query.shape
+    if key.shape[2] != tokens:
+        raise ValueError(f"query has {tokens} tokens and key {key.shape[2]}; the past comes as `state`")
+    check_padding(padding_mask, batch, tokens)
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1; got {chunk_size}")
+    if backend == "auto":
+        backend = "recurrent" if tokens == 1 else "chunked"
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; valid: auto, {', '.join(BACKENDS)}")
+    if state is None:
+        state = empty_state(batch, key.shape[1], features, value.shape[-1], like=query)
+    elif state.kv.shape != (batch, key.shape[1], features, value.shape[-1]):
+        expected = [batch, key.shape[1], features, value.shape[-1]]
+        raise ValueError(f"state.kv must be [B,G,F,V] = {expected}; got {list(state.kv.shape)}")
+    if padding_mask is not None:
+        key = key * padding_mask[:, None, :, None].to(key.dtype)
+    if tokens == 0:
+        return LinearOutput(query.new_zeros(*query.shape[:3], value.shape[-1]), state)
+    return BACKENDS[backend](query, key, value, state, chunk_size or CHUNK_SIZE)

@@ -1,0 +1,106 @@
+"""Sparse softmax attention under a pattern: validation and the choice of the backend."""
+
+from __future__ import annotations
+
+import torch
+
+from ...notation import check_heads, check_padding
+from ...patterns import Pattern
+from .. import ragged
+from ..stream import Stream
+from . import banded, masked, reference
+
+BACKENDS = ("reference", "masked", "banded")
+
+__all__ = ["BACKENDS", "choose_backend", "sparse_attention"]
+
+
+def choose_backend(pattern: Pattern, backend: str = "auto") -> str:
+    """Return the backend that computes `pattern`: "auto" prefers the banded one where the pattern is a window.
+
+    Raises:
+        ValueError: for an unknown backend, or one that cannot compute the pattern.
+    """
+    windowed = pattern.band is not None and pattern.band.window > 0
+    if backend == "auto":
+        return "banded" if windowed else "masked"
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; valid: auto, {', '.join(BACKENDS)}")
+    if backend == "banded" and not windowed:
+        raise ValueError(f"backend 'banded' computes windows with or without sinks, not {pattern.describe()}")
+    return backend
+
+
+def sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: Pattern,
+    *,
+    query_offset: int = 0,
+    padding_mask: torch.Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Compute `softmax(q·kᵀ · scale over the keys the pattern shows) v`; a query that sees no key gets zero.
+
+    Args:
+        query: `[B, H, T, D]`, the tokens at `query_offset .. query_offset + T − 1`.
+        key: `[B, G, S, D]`, the tokens at `0 .. S − 1` with S = query_offset + T; H is a multiple of G.
+        value: `[B, G, S, V]`.
+        pattern: Which keys a query sees; see `hf_effattn.patterns`.
+        query_offset: Number of tokens before the first query.
+        padding_mask: Booleans `[B, S]`, True = keep. Padded keys are invisible, and windows, sinks and global
+            positions count the real tokens of each row; outputs of padded queries have no meaning.
+        scale: Factor of the scores, default 1/√D.
+        backend: "reference", "masked" (any pattern), "banded" (windows with or without sinks), or "auto".
+
+    Returns:
+        Output `[B, H, T, V]` in the dtype of the query.
+
+    Raises:
+        ValueError: if shapes do not fit together, or the backend is unknown or cannot compute the pattern.
+        TypeError: if dtypes do not.
+    """
+    check_heads(query, key, value, "D")
+    batch, _, tokens, head_dim = query.shape
+    total = key.shape[2]
+    if query_offset < 0 or query_offset + tokens != total:
+        raise ValueError(f"key must have query_offset + T = {query_offset} + {tokens} tokens; got {total}")
+    check_padding(padding_mask, batch, total)
+    backend = choose_backend(pattern, backend)
+    scale = head_dim**-0.5 if scale is None else scale
+    if backend == "banded":
+        assert pattern.band is not None
+        if padding_mask is None:
+            return banded.sparse_attention(query, Stream(key, value), pattern.band, scale)
+        return _padded_banded(query, key, value, pattern, padding_mask, scale)
+    if padding_mask is None:
+        positions = torch.arange(total, device=query.device)[None].expand(batch, -1)
+        key_positions = positions
+    else:
+        positions = padding_mask.cumsum(dim=1) - 1
+        key_positions = positions.masked_fill(~padding_mask, -1)
+    compute = reference.sparse_attention if backend == "reference" else masked.sparse_attention
+    return compute(query, key, value, pattern, positions[:, query_offset:], key_positions, scale)
+
+
+def _padded_banded(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: Pattern,
+    padding_mask: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Compute the banded form of padded rows: real tokens move to the front, where padding no longer matters."""
+    assert pattern.band is not None
+    batch, heads, tokens, _ = query.shape
+    total = key.shape[2]
+    rows = ragged.front(padding_mask)
+    queries = torch.cat((query.new_zeros(batch, heads, total - tokens, query.shape[3]), query), dim=2)
+    output = banded.sparse_attention(
+        rows.gather(queries), Stream(rows.gather(key), rows.gather(value)), pattern.band, scale
+    )
+    flat = rows.scatter(output, output.new_zeros(batch * total, heads, value.shape[-1]))
+    return flat.view(batch, total, heads, -1).transpose(1, 2)[:, :, total - tokens :]

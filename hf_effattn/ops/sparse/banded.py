@@ -1,0 +1,60 @@
+"""Sliding windows with sinks, a block of queries at a time: each block meets the sinks and the keys of its window only.
+
+Time and memory grow linearly with the text. Blocks whose keys are all plain (real, and not sinks) share one small
+additive mask; only the first blocks of a row, where sinks and padding lie, compute a mask from positions.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...patterns import Band
+from ..collector import Collector
+from ..stream import Stream
+from .masked import attend
+
+
+def sparse_attention(
+    query: torch.Tensor, stream: Stream, band: Band, scale: float, dropout: float = 0.0
+) -> torch.Tensor:
+    """Compute attention of `query` `[B, H, T, D]` over `stream` under `band`; the window must be at least 1."""
+    tokens, past = query.shape[2], stream.key.shape[2] - query.shape[2]
+    size = min(max(band.window // 4, 64), 256)
+    collector = Collector(query, stream.value.shape[-1])
+    masks: dict[tuple[int, int], torch.Tensor] = {}
+    sink_key, sink_value = stream.sinks(band.num_sinks)
+    for start in range(0, tokens, size):
+        end = min(start + size, tokens)
+        low, high = max(0, past + start - band.window + 1), past + end
+        key, value = stream.key[:, :, low:high], stream.value[:, :, low:high]
+        if band.num_sinks:
+            key, value = torch.cat((sink_key, key), dim=2), torch.cat((sink_value, value), dim=2)
+        if stream.least + low >= band.num_sinks:
+            shape = (end - start, high - low)
+            if shape not in masks:
+                masks[shape] = _plain_mask(query, shape, sink_key.shape[2], band.window)
+            mask = masks[shape]
+        else:
+            mask = _edge_mask(stream, band, sink_key.shape[2], past + start, low, high)
+        collector.add(attend(query[:, :, start:end], key, value, mask, scale, dropout))
+    return collector.result()
+
+
+def _plain_mask(query: torch.Tensor, shape: tuple[int, int], num_sinks: int, window: int) -> torch.Tensor:
+    """The additive mask of a block whose stream keys are real and no sinks: all sinks, and the band."""
+    rows, columns = shape
+    row = torch.arange(rows, device=query.device)[:, None] + columns - rows
+    distance = row - torch.arange(columns, device=query.device)
+    hidden = torch.cat((distance.new_zeros(rows, num_sinks).bool(), (distance < 0) | (distance >= window)), dim=1)
+    return query.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+
+
+def _edge_mask(stream: Stream, band: Band, num_sinks: int, start: int, low: int, high: int) -> torch.Tensor:
+    """The boolean mask `[B or 1, 1, T, S]` of a block that may meet sinks or padding among its stream keys."""
+    queries, keys = stream.positions(start, high)[:, :, None], stream.positions(low, high)[:, None, :]
+    distance = queries - keys
+    visible = (distance >= 0) & (distance < band.window) & (keys >= band.num_sinks)
+    sinks = torch.arange(num_sinks, device=queries.device)
+    visible = torch.cat((sinks <= queries, visible), dim=2)
+    blind = ~visible.any(dim=-1, keepdim=True)  # padded queries: any key will do, nobody reads them
+    return (visible | blind)[:, None]

@@ -1,0 +1,49 @@
+"""Sparse attention of any pattern by masked softmax attention, a block of queries at a time.
+
+It saves memory (no T×S matrix, only a block of its rows), not computation: the work is that of dense attention. With a
+single query (decoding) over a pruned cache it computes what is visible and little more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional
+
+from ...patterns import Pattern
+
+QUERY_BLOCK = 256
+
+
+def sparse_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pattern: Pattern,
+    query_positions: torch.Tensor,
+    key_positions: torch.Tensor,
+    scale: float,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Compute what the reference computes; same arguments."""
+    outputs = []
+    for start in range(0, query.shape[2], QUERY_BLOCK):
+        block = slice(start, start + QUERY_BLOCK)
+        visible = pattern.visible(query_positions[:, block], key_positions, query.shape[1])
+        seen = visible.any(dim=-1, keepdim=True)
+        output = attend(query[:, :, block], key, value, visible | ~seen, scale, dropout)
+        outputs.append(output.masked_fill(~seen, 0.0))
+    return torch.cat(outputs, dim=2)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Softmax attention of grouped heads under `mask`: booleans, or additive in the dtype of the query; None for all."""
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1]
+    )

@@ -1,0 +1,198 @@
+"""What a pattern is: an index predicate, what a cache must keep for it, and how both compose."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..registry import Registry
+
+MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Retention:
+    """What a cache must keep: key k may be forgotten at query q unless `q − k < window` or k is pinned.
+
+    Args:
+        window: Number of most recent positions kept, the query's own included; None keeps every key.
+        pinned: Positions kept forever.
+    """
+
+    window: int | None = None
+    pinned: frozenset[int] = frozenset()
+
+    def keeps(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Return, for integer positions `query` and `key` of broadcastable shape, whether the key is still kept."""
+        if self.window is None:
+            return torch.ones_like(query - key, dtype=torch.bool)
+        pinned = torch.isin(key, torch.tensor(sorted(self.pinned), dtype=key.dtype, device=key.device))
+        return (query - key < self.window) | pinned
+
+    def __or__(self, other: Retention) -> Retention:
+        """Keep what either keeps."""
+        if self.window is None or other.window is None:
+            return Retention()
+        return Retention(max(self.window, other.window), self.pinned | other.pinned)
+
+    def __and__(self, other: Retention) -> Retention:
+        """Keep what both keep (and possibly a little more: the result is again a window and pinned positions)."""
+        if self.window is None:
+            return other
+        if other.window is None:
+            return self
+        window = min(self.window, other.window)
+        if self.pinned - other.pinned:
+            window = max(window, other.window)
+        if other.pinned - self.pinned:
+            window = max(window, self.window)
+        return Retention(window, self.pinned & other.pinned)
+
+
+@dataclass(frozen=True)
+class Band:
+    """A pattern that is exactly a sliding window joined with the first tokens: key k ≤ q is visible to query q iff
+    `q − k < window` or `k < num_sinks`. The banded backend computes these without a T×S matrix."""
+
+    window: int
+    num_sinks: int = 0
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which past keys a query sees, told by positions alone.
+
+    The one predicate feeds the dense reference, the block masks and (through `retention`) the eviction of the cache.
+    `a | b` sees what either sees, `a & b` what both see.
+
+    Args:
+        mask_mod: `mask_mod(b, h, q, k) -> bool` on integer index tensors that broadcast (FlexAttention's signature);
+            q and k are positions from the first real token of the row. It implies `k <= q`.
+        retention: What a cache must keep; `mask_mod(b, h, q, k)` implies `retention.keeps(q, k)`.
+        band: The same predicate as a window and sinks where it is one, else None.
+        spec: Name and options as JSON-able data, from which `pattern_from_spec` builds the pattern again.
+    """
+
+    mask_mod: MaskMod = field(compare=False, repr=False)
+    retention: Retention = field(default_factory=Retention)
+    band: Band | None = None
+    spec: dict[str, Any] = field(default_factory=dict)
+
+    def __or__(self, other: Pattern) -> Pattern:
+        first, second = self.mask_mod, other.mask_mod
+        band = None
+        if self.band and other.band:
+            band = Band(max(self.band.window, other.band.window), max(self.band.num_sinks, other.band.num_sinks))
+        return Pattern(
+            lambda b, h, q, k: first(b, h, q, k) | second(b, h, q, k),
+            self.retention | other.retention,
+            band,
+            {"any": [self.spec, other.spec]},
+        )
+
+    def __and__(self, other: Pattern) -> Pattern:
+        first, second = self.mask_mod, other.mask_mod
+        band = None
+        if self.band and other.band and not (self.band.num_sinks or other.band.num_sinks):
+            band = Band(min(self.band.window, other.band.window))
+        return Pattern(
+            lambda b, h, q, k: first(b, h, q, k) & second(b, h, q, k),
+            self.retention & other.retention,
+            band,
+            {"all": [self.spec, other.spec]},
+        )
+
+    def visible(self, query: torch.Tensor, key: torch.Tensor, num_heads: int = 1) -> torch.Tensor:
+        """Return which keys the queries see, as booleans that broadcast to `[B, H, T, S]`.
+
+        Args:
+            query: Positions `[B, T]`.
+            key: Positions `[B, S]`; negative ones are empty slots or padding, which nobody sees.
+            num_heads: H, for patterns that differ by head.
+        """
+        b = torch.arange(query.shape[0], device=query.device)[:, None, None, None]
+        h = torch.arange(num_heads, device=query.device)[None, :, None, None]
+        q, k = query[:, None, :, None], key[:, None, None, :]
+        return self.mask_mod(b, h, q, k) & (k >= 0)
+
+    def num_visible(self, position: int) -> int:
+        """Return how many keys the query at `position` (from 0) sees, its own included."""
+        keys = torch.arange(position + 1)[None]
+        return int(self.visible(torch.tensor([[position]]), keys).sum())
+
+    def describe(self) -> str:
+        """Return the pattern as one would write it: `streaming(window=512, num_sinks=4)`."""
+        return _describe(self.spec)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return pattern_from_spec, (self.spec,)
+
+
+Factory = Callable[..., Pattern]
+PATTERNS: Registry[Factory] = Registry("pattern")
+
+
+def register_pattern(name: str) -> Callable[[Factory], Factory]:
+    """Decorate a factory to enter it in `PATTERNS`; the patterns it makes remember name and options in `spec`."""
+
+    def decorate(factory: Factory) -> Factory:
+        signature = inspect.signature(factory)
+
+        @functools.wraps(factory)
+        def make(*args: Any, **options: Any) -> Pattern:
+            bound = signature.bind(*args, **options)
+            bound.apply_defaults()
+            made = factory(*args, **options)
+            values = {key: list(v) if isinstance(v, tuple) else v for key, v in bound.arguments.items()}
+            return Pattern(made.mask_mod, made.retention, made.band, {"name": name, **values})
+
+        return PATTERNS.register(name)(make)
+
+    return decorate
+
+
+def pattern_from_spec(spec: dict[str, Any]) -> Pattern:
+    """Build the pattern that `Pattern.spec` describes."""
+    for key, join in (("any", Pattern.__or__), ("all", Pattern.__and__)):
+        if key in spec:
+            return functools.reduce(join, [pattern_from_spec(part) for part in spec[key]])
+    if "name" not in spec:
+        raise ValueError(f"a pattern spec has a 'name' (one of {PATTERNS.names()}), 'any' or 'all'; got {spec!r}")
+    options = {key: value for key, value in spec.items() if key != "name"}
+    return make_pattern(spec["name"], options)
+
+
+def make_pattern(name: str, options: dict[str, Any]) -> Pattern:
+    """Call the factory `name`, with an error that names the options it has when these do not fit."""
+    factory = PATTERNS.get(name)
+    parameters = inspect.signature(factory).parameters
+    missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in options]
+    unknown = [key for key in options if key not in parameters]
+    if missing or unknown:
+        wrong = f"needs {missing}" if missing else f"does not take {unknown}"
+        raise ValueError(f"pattern {name!r} {wrong}; its options: {', '.join(parameters)}")
+    return factory(**options)
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """Return `value` if it is an integer of at least `least`, else raise an error that says so."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer of at least {least}; got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}")
+    return value
+
+
+def _describe(spec: dict[str, Any]) -> str:
+    if not spec:
+        return "custom"
+    for key, sign in (("any", " | "), ("all", " & ")):
+        if key in spec:
+            return sign.join(f"({_describe(p)})" if "name" not in p else _describe(p) for p in spec[key])
+    options = ", ".join(f"{key}={value}" for key, value in spec.items() if key != "name")
+    return f"{spec['name']}({options})"

@@ -1,0 +1,26 @@
+"""The fixed pattern of the Sparse Transformer."""
+
+from __future__ import annotations
+
+import torch
+
+from .base import Pattern, Retention, register_pattern, whole_number
+
+
+@register_pattern("fixed")
+def fixed(stride: int, num_summary: int = 8) -> Pattern:
+    """The own block of `stride` keys and the last `num_summary` of every block: `⌊j/stride⌋ = ⌊i/stride⌋` or
+    `j mod stride ≥ stride − num_summary` (Sparse Transformer, Child 2019, arXiv 1904.10509).
+
+    Summary columns grow with the text. For now a cache keeps every key.
+    """
+    whole_number("stride", stride, 1)
+    whole_number("num_summary", num_summary, 1)
+    if num_summary > stride:
+        raise ValueError(f"num_summary must be at most stride ({stride}); got {num_summary}")
+
+    def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        own_block = torch.div(q, stride, rounding_mode="floor") == torch.div(k, stride, rounding_mode="floor")
+        return (k <= q) & (own_block | (k % stride >= stride - num_summary))
+
+    return Pattern(mask_mod, Retention())

@@ -1,0 +1,29 @@
+"""Global tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from .base import Pattern, Retention, register_pattern, whole_number
+
+
+@register_pattern("global_tokens")
+def global_tokens(positions: Iterable[int] = (0,)) -> Pattern:
+    """Chosen positions that everybody sees and that see everything before them (Longformer, arXiv 2004.05150).
+
+    A query at a global position sees its whole past, so a cache keeps that past until the last global position.
+
+    Args:
+        positions: The global positions, counted from the first real token of each row.
+    """
+    chosen = sorted({whole_number("positions", position, 0) for position in positions})
+    if not chosen:
+        raise ValueError("positions must name at least one global position, such as (0,)")
+
+    def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        table = torch.tensor(chosen, dtype=q.dtype, device=q.device)
+        return (k <= q) & (torch.isin(q, table) | torch.isin(k, table))
+
+    return Pattern(mask_mod, Retention(chosen[-1] + 1, frozenset(chosen)))

@@ -1,0 +1,17 @@
+"""Attention sinks."""
+
+from __future__ import annotations
+
+from .base import Band, MaskMod, Pattern, Retention, register_pattern, whole_number
+
+
+@register_pattern("sinks")
+def sinks(num_sinks: int = 4) -> Pattern:
+    """The first `num_sinks` keys: `j < num_sinks` (StreamingLLM, arXiv 2309.17453).
+
+    Alone it leaves later queries nothing recent; join it to a window: `sliding_window(512) | sinks(4)`.
+    """
+    whole_number("num_sinks", num_sinks, 0)
+
+    mask_mod: MaskMod = lambda b, h, q, k: (k <= q) & (k < num_sinks)  # noqa: E731
+    return Pattern(mask_mod, Retention(0, frozenset(range(num_sinks))), Band(0, num_sinks))

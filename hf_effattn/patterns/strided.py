@@ -1,0 +1,15 @@
+"""The strided pattern of the Sparse Transformer."""
+
+from __future__ import annotations
+
+from .base import MaskMod, Pattern, Retention, register_pattern, whole_number
+
+
+@register_pattern("strided")
+def strided(stride: int) -> Pattern:
+    """The last `stride` keys and every `stride`-th before: `i−j < stride` or `(i−j) mod stride = 0`
+    (Sparse Transformer, Child 2019, arXiv 1904.10509). Any key may be hit again, so a cache keeps them all."""
+    whole_number("stride", stride, 1)
+
+    mask_mod: MaskMod = lambda b, h, q, k: (k <= q) & ((q - k < stride) | ((q - k) % stride == 0))  # noqa: E731
+    return Pattern(mask_mod, Retention())
