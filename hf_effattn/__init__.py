@@ -1,0 +1,22 @@
+"""Convert the softmax attention of pretrained transformers models to linear or sparse attention.
+
+Importing this package gives `PreTrainedModel` three methods, `convert_attention`, `revert_attention` and
+`attention_report`, and enters names of its own into transformers' tables. No existing model changes.
+"""
+
+from transformers import PreTrainedModel
+
+from . import integration
+from .config import LinearConfig, SparseConfig
+from .convert import convert_attention, register_architectures, revert_attention
+from .report import attention_report
+
+__version__ = "0.1.0"
+
+__all__ = ["LinearConfig", "SparseConfig", "attention_report", "convert_attention", "revert_attention"]
+
+integration.register()
+register_architectures()
+PreTrainedModel.convert_attention = convert_attention
+PreTrainedModel.revert_attention = revert_attention
+PreTrainedModel.attention_report = attention_report

@@ -29,7 +29,7 @@ def hybrid_attention(
 
     keys, values = torch.cat((sink_key, stream.key), dim=2), torch.cat((sink_value, stream.value), dim=2)
     scores = torch.einsum("bhtd,bhsd->bhts", query.double() * options.scale, repeat(keys))
-    scores = scores.masked_fill(~torch.cat((sinks.expand_as(near[..., : sinks.shape[-1]]), near), dim=-1), -torch.inf)
+    scores = scores.masked_fill(~torch.cat((sinks, near), dim=-1), -torch.inf)
     peak = scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).min)
     softmax = (scores - peak).exp()
     query_features, features = options.query_map(query).double(), options.key_map(stream.key)
@@ -51,7 +51,7 @@ def _folded(
     tokens: int,
     lengths: torch.Tensor | None,
 ) -> LinearState:
-    """The state after the call: every key that has left the window of the last real token's successor... is in it."""
+    """The state with every key of the stream that has left the window of the last real query."""
     total = stream.key.shape[2]
     positions = stream.positions(0, total)  # [B or 1, S]
     last = positions[:, total - tokens :][:, :1] - 1 + (tokens if lengths is None else lengths[:, None])

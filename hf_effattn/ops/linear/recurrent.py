@@ -7,7 +7,7 @@ import torch
 from .state import EPS, LinearOutput, LinearState
 
 
-def step(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: LinearState) -> LinearState:
+def step(key: torch.Tensor, value: torch.Tensor, state: LinearState) -> LinearState:
     """Return the state after one more token: key `[B,G,1,F]`, value `[B,G,1,V]`."""
     k, v = key.to(state.kv.dtype), value.to(state.kv.dtype)
     return LinearState(state.kv + k.transpose(2, 3) * v, state.normalizer + k.squeeze(2))
@@ -30,7 +30,7 @@ def linear_attention(
     outputs = []
     for t in range(query.shape[2]):
         q, k, v = (x[:, :, t : t + 1] for x in (query, key, value))
-        state = step(q, k, v, state)
+        state = step(k, v, state)
         numerator, denominator = read(q, state)
         outputs.append((numerator / denominator.clamp(min=EPS)).to(query.dtype))
     return LinearOutput(torch.cat(outputs, dim=2), state)

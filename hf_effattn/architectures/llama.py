@@ -1,0 +1,9 @@
+"""Llama, with and without grouped-query attention."""
+
+from __future__ import annotations
+
+from .base import Architecture, register
+
+LLAMA = register(
+    Architecture(model_type="llama", config_class="LlamaConfig", base_class="LlamaModel", attention="self_attn")
+)

@@ -1,0 +1,15 @@
+"""The mechanisms, found by name in `MECHANISMS`: each computes attention and makes the state its cache layer holds."""
+
+from __future__ import annotations
+
+from ..config import MechanismConfig
+from .base import MECHANISMS, Call, HeadGeometry, Mechanism
+from .linear import LinearAttention
+from .sparse import SparseAttention
+
+__all__ = ["MECHANISMS", "Call", "HeadGeometry", "LinearAttention", "Mechanism", "SparseAttention", "make_mechanism"]
+
+
+def make_mechanism(config: MechanismConfig, geometry: HeadGeometry) -> Mechanism:
+    """Return the mechanism that `config` describes for a layer of this geometry."""
+    return MECHANISMS.get(config.mechanism)(config, geometry)

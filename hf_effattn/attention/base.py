@@ -1,0 +1,167 @@
+"""What a mechanism is: the part of an attention layer between its projections, with a state in place of a KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from ..cache import EffAttnCacheLayer, Pending
+from ..config import MechanismConfig
+from ..ops import ragged
+from ..registry import Registry
+
+MECHANISMS: Registry[type[Mechanism]] = Registry("mechanism")
+
+
+@dataclass(frozen=True)
+class HeadGeometry:
+    """Number of query heads H, of key/value heads G, and the head dimension D of one attention layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class Call(NamedTuple):
+    """How one call of a mechanism is to be computed.
+
+    Args:
+        scale: Factor of the softmax scores.
+        lengths: Real tokens of each row `[B]`, which come first; None for all.
+        dropout: Probability with which softmax weights are dropped.
+        in_place: Whether the given state may be overwritten.
+    """
+
+    scale: float
+    lengths: torch.Tensor | None = None
+    dropout: float = 0.0
+    in_place: bool = False
+
+
+class Mechanism(nn.Module):
+    """Attention over queries, keys and values as the model's own layer made them, after rotary.
+
+    A mechanism is a pure function `attend(state, q, k, v) -> (output, state)`. Full forward, chunked prefill and
+    decoding all go through it, so they cannot disagree. Its learned parameters, if any, are all that conversion adds to
+    a model; its state lives in the cache.
+
+    Args:
+        config: The options.
+        geometry: Heads and head dimension of the layer.
+    """
+
+    def __init__(self, config: MechanismConfig, geometry: HeadGeometry) -> None:
+        super().__init__()
+        self.config = config
+        self.geometry = geometry
+
+    def attend(
+        self, state: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+    ) -> tuple[torch.Tensor, Any]:
+        """Return the output `[B, H, T, V]` and the state after the T tokens.
+
+        Args:
+            state: The state before them; None for no past.
+            query: `[B, H, T, D]`; key `[B, G, T, D]`; value `[B, G, T, V]`, all of one dtype.
+            call: Scale, real tokens of each row, and whether the state may be overwritten.
+        """
+        raise NotImplementedError
+
+    def num_visible(self, context_length: int) -> int:
+        """Return how many keys the last of `context_length` tokens meets in softmax attention."""
+        raise NotImplementedError
+
+    def cache_bytes(self, context_length: int, dtype: torch.dtype) -> int:
+        """Return the bytes of one row's state after `context_length` tokens of a model of `dtype`."""
+        raise NotImplementedError
+
+    def flops_per_token(self, context_length: int) -> int:
+        """Return the floating-point operations of one decoding step (projections not counted)."""
+        raise NotImplementedError
+
+    def backend(self) -> str:
+        """Return the backend that computes a prefill."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """Return the mechanism and its options in one line."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Set learned parameters to their documented start."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scale: float,
+        segment_ids: torch.Tensor | None = None,
+        cache_layer: EffAttnCacheLayer | None = None,
+        dropout: float = 0.0,
+    ) -> torch.Tensor:
+        """Compute the output `[B, H, T, V]`.
+
+        Args:
+            query: `[B, H, T, D]`; key `[B, G, T, D]`; value `[B, G, T, V]`.
+            scale: Factor of the softmax scores.
+            segment_ids: `[B, T]`, 0 for padding, k for the k-th document packed into the row; None for one document
+                without padding.
+            cache_layer: Where the state lives; None for a call without past and future.
+            dropout: Probability with which softmax weights are dropped; linear attention has none.
+        """
+        call = Call(scale, dropout=dropout)
+        if cache_layer is not None:
+            return self._attend_cached(query, key, value, segment_ids, cache_layer, call)
+        if segment_ids is None or _only_trailing_padding(segment_ids):
+            return self.attend(None, query, key, value, call)[0]
+        batch, heads, tokens, _ = query.shape
+        output = query.new_zeros(batch * tokens, heads, value.shape[-1])
+        for rows in ragged.documents(segment_ids):
+            part, _ = self.attend(None, *(rows.gather(x) for x in (query, key, value)), call)
+            output = rows.scatter(part, output)
+        return output.view(batch, tokens, heads, -1).transpose(1, 2)
+
+    def _attend_cached(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        segment_ids: torch.Tensor | None,
+        cache_layer: EffAttnCacheLayer,
+        call: Call,
+    ) -> torch.Tensor:
+        mask = None if segment_ids is None else segment_ids > 0
+        state = cache_layer.past(lambda state, tokens: self._advance(state, tokens, call.scale))
+        keeps_graph = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+        call = call._replace(in_place=not (cache_layer.record_past or keeps_graph))
+        if mask is None:
+            output, state = self.attend(state, query, key, value, call)
+        else:
+            rows = ragged.front(mask)
+            parts = (rows.gather(x) for x in (query, key, value))
+            output, state = self.attend(state, *parts, call._replace(lengths=rows.lengths))
+            flat = rows.scatter(output, output.new_zeros(mask.numel(), *output.shape[1::2]))
+            output = flat.view(*mask.shape, *flat.shape[1:]).transpose(1, 2)
+        cache_layer.commit(state, Pending(key, value, mask))
+        return output
+
+    def _advance(self, state: Any, tokens: Pending, scale: float) -> Any:
+        """Return the state after `tokens`, whose outputs were computed before."""
+        key, value, mask = tokens
+        call = Call(scale)
+        if mask is not None:
+            rows = ragged.front(mask)
+            key, value, call = rows.gather(key), rows.gather(value), call._replace(lengths=rows.lengths)
+        query = key.new_zeros(key.shape[0], self.geometry.num_heads, *key.shape[2:])
+        return self.attend(state, query, key, value, call)[1]
+
+
+def _only_trailing_padding(segment_ids: torch.Tensor) -> bool:
+    """Whether each row is one document from its first token on, followed by nothing but padding."""
+    one_document = segment_ids[:, :1] * (segment_ids > 0)
+    return bool((segment_ids == one_document).all() and (segment_ids[:, 1:] <= segment_ids[:, :-1]).all())

@@ -1,0 +1,155 @@
+"""Linear attention: a recurrent state of constant size, optionally behind a softmax window with sinks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..cache import KeyValueState, KeyValueStore
+from ..config import LinearConfig
+from ..feature_maps import FEATURE_MAPS
+from ..ops.collector import Collector
+from ..ops.hybrid import HybridOptions, hybrid_attention
+from ..ops.hybrid import step as hybrid_step
+from ..ops.linear import LinearState, empty_state, linear_attention, recurrent
+from ..ops.linear.chunked import segments
+from ..patterns import Retention
+from .base import MECHANISMS, Call, HeadGeometry, Mechanism
+
+BIAS_START = -2.0  # the linear part starts nearly closed: untrained features otherwise cost quality; training opens it
+
+
+class HybridState(NamedTuple):
+    """The state of linear attention with a window: `linear` has what left the window, `window` what is in it."""
+
+    linear: LinearState
+    window: KeyValueState
+
+
+@MECHANISMS.register("linear")
+class LinearAttention(Mechanism):
+    """Linear attention with feature map φ (Katharopoulos 2020, arXiv 2006.16236), by default behind a softmax window
+    under one normaliser (after LoLCATs, arXiv 2410.10254; see `hf_effattn.ops.hybrid`).
+
+    Learned parameters: those of the feature maps of queries (per query head) and keys (per key/value head), and with
+    a window the `bias` `[H]` on the logarithm of the linear part's mass, which starts at −2.
+
+    Args:
+        config: Feature map, window, sinks, chunk size, backend.
+        geometry: Heads and head dimension of the layer.
+    """
+
+    config: LinearConfig
+    bias: nn.Parameter | None
+
+    def __init__(self, config: LinearConfig, geometry: HeadGeometry) -> None:
+        super().__init__(config, geometry)
+        feature_map = FEATURE_MAPS.get(config.feature_map)
+        self.query_map = feature_map(geometry.head_dim, geometry.num_heads)
+        self.key_map = feature_map(geometry.head_dim, geometry.num_kv_heads)
+        self.store = KeyValueStore(Retention(config.window, frozenset(range(config.num_sinks))))
+        self.bias = nn.Parameter(torch.full((geometry.num_heads,), BIAS_START)) if config.window else None
+
+    def attend(
+        self,
+        state: LinearState | HybridState | None,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: Call,
+    ) -> tuple[torch.Tensor, LinearState | HybridState]:
+        if state is None:
+            features = self.key_map.feature_dim
+            linear = empty_state(key.shape[0], key.shape[1], features, value.shape[-1], like=key)
+            state = HybridState(linear, self.store.empty(key, value)) if self.config.window else linear
+        if isinstance(state, LinearState):
+            return self._attend_linear(state, query, key, value, call)
+        if query.shape[2] == 1 and self.backend() != "reference":
+            return self._attend_one(state, query, key, value, call)
+        return self._attend_hybrid(state, query, key, value, call)
+
+    def num_visible(self, context_length: int) -> int:
+        return min(context_length, self.config.window + self.config.num_sinks)
+
+    def cache_bytes(self, context_length: int, dtype: torch.dtype) -> int:
+        g, features = self.geometry, self.key_map.feature_dim
+        linear = g.num_kv_heads * features * (g.head_dim + 1) * torch.float32.itemsize
+        if not self.config.window:
+            return linear
+        return linear + self.store.nbytes(context_length, g.num_kv_heads, g.head_dim, g.head_dim, dtype)
+
+    def flops_per_token(self, context_length: int) -> int:
+        g = self.geometry
+        heads = g.num_heads + g.num_kv_heads
+        maps = g.num_heads * self.query_map.flops_per_token + g.num_kv_heads * self.key_map.flops_per_token
+        softmax = 4 * g.num_heads * g.head_dim * self.num_visible(context_length)
+        return 2 * heads * self.key_map.feature_dim * (g.head_dim + 1) + maps + softmax
+
+    def backend(self) -> str:
+        return "chunked" if self.config.backend == "auto" else self.config.backend
+
+    def describe(self) -> str:
+        c = self.config
+        return f"linear {c.feature_map}(window={c.window}, num_sinks={c.num_sinks})"
+
+    def reset_parameters(self) -> None:
+        if self.bias is not None:
+            nn.init.constant_(self.bias, BIAS_START)
+
+    def _options(self, call: Call) -> HybridOptions:
+        assert self.bias is not None
+        c = self.config
+        return HybridOptions(
+            self.query_map, self.key_map, self.bias, c.window, c.num_sinks, call.scale, c.chunk_size
+        )
+
+    def _attend_linear(
+        self, state: LinearState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+    ) -> tuple[torch.Tensor, LinearState]:
+        """Attend without a window, mapping one segment at a time."""
+        tokens = query.shape[2]
+        mask = None
+        if call.lengths is not None:
+            mask = torch.arange(tokens, device=query.device) < call.lengths[:, None]
+        collector = Collector(query, value.shape[-1])
+        for start, end in segments(tokens, self.config.chunk_size):
+            q, k, v = (x[:, :, start:end] for x in (query, key, value))
+            output, state = linear_attention(
+                self.query_map(q),
+                self.key_map(k),
+                v,
+                state=state,
+                padding_mask=None if mask is None else mask[:, start:end],
+                chunk_size=self.config.chunk_size,
+                backend="reference" if self.config.backend == "reference" else "auto",
+            )
+            collector.add(output)
+        return collector.result(), state
+
+    def _attend_hybrid(
+        self, state: HybridState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+    ) -> tuple[torch.Tensor, HybridState]:
+        stream = self.store.stream(state.window, key, value, self.config.window)
+        output, linear = hybrid_attention(
+            query, stream, state.linear, self._options(call), lengths=call.lengths, backend=self.backend()
+        )
+        return output, HybridState(linear, self.store.append(state.window, key, value, call.lengths))
+
+    def _attend_one(
+        self, state: HybridState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+    ) -> tuple[torch.Tensor, HybridState]:
+        """Attend with one token: the key that leaves the window enters the linear state, then the token is read."""
+        linear = state.linear
+        leaving = self.store.leaving(state.window)
+        if leaving is not None:
+            old_key, old_value, valid = leaving
+            valid = valid if call.lengths is None else valid & (call.lengths > 0)
+            features = self.key_map(old_key) * valid[:, None, None, None].to(old_key.dtype)
+            linear = recurrent.step(features, old_value, linear)
+        window = self.store.append(state.window, key, value, call.lengths, call.in_place)
+        full = window.least - self.store.num_leading >= self.config.window
+        visible = None if full else window.positions >= 0
+        output = hybrid_step(query, window.keys, window.values, visible, linear, self._options(call))
+        return output, HybridState(linear, window)

@@ -1,0 +1,6 @@
+"""Where converted layers remember: pure stores of keys and values, and the layer that transformers' `Cache` holds."""
+
+from .key_value import KeyValueState, KeyValueStore
+from .layer import EffAttnCacheLayer, Pending
+
+__all__ = ["EffAttnCacheLayer", "KeyValueState", "KeyValueStore", "Pending"]

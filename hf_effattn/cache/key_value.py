@@ -1,0 +1,193 @@
+"""A store of keys and values that keeps what a `Retention` asks for, and no more.
+
+Slots: first the pinned positions, then a ring of the last `window` positions (or, where everything is kept, all of
+them). Storage grows in steps of `GROWTH` slots until the ring is whole and never after. Positions count the real
+tokens of each row, so rows with different padding have their own rings.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+from ..ops.stream import Stream
+from ..patterns import Retention
+
+GROWTH = 256
+
+
+class KeyValueState(NamedTuple):
+    """The contents of a store.
+
+    Args:
+        keys, values: `[B, G, S, D]`, `[B, G, S, V]`, in the dtype they came in.
+        positions: Position held by each slot `[B, S]`, int64; −1 for an empty one.
+        num_tokens: Real tokens each row has seen `[B]`, int64: the position of its next token.
+        least, most: Bounds of `num_tokens` over the rows, known without asking the device.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
+    num_tokens: torch.Tensor
+    least: int
+    most: int
+
+
+class KeyValueStore:
+    """The rules of a store: which slot holds which position. It has no state of its own.
+
+    Args:
+        retention: What to keep.
+    """
+
+    def __init__(self, retention: Retention) -> None:
+        self.window = None if retention.window is None else max(retention.window, 1)
+        self.pinned = [] if retention.window is None else sorted(retention.pinned)
+        self.num_leading = next((i for i, p in enumerate(self.pinned) if i != p), len(self.pinned))
+
+    def num_slots(self, num_tokens: int) -> int:
+        """Return how many slots are allocated once `num_tokens` have come."""
+        ring = -(-max(num_tokens - self.num_leading, 0) // GROWTH) * GROWTH
+        return len(self.pinned) + (ring if self.window is None else min(ring, self.window))
+
+    def empty(self, key: torch.Tensor, value: torch.Tensor) -> KeyValueState:
+        """Return the state before the first token, for keys and values like these."""
+        batch = key.shape[0]
+        positions = torch.zeros(batch, 0, dtype=torch.int64, device=key.device)
+        return KeyValueState(key[:, :, :0], value[:, :, :0], positions, positions.new_zeros(batch), 0, 0)
+
+    def append(
+        self,
+        state: KeyValueState,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        lengths: torch.Tensor | None = None,
+        in_place: bool = False,
+    ) -> KeyValueState:
+        """Return the state after the tokens key `[B, G, T, D]`, value `[B, G, T, V]`.
+
+        Args:
+            lengths: Real tokens of each row `[B]`, which come first; None for T.
+            in_place: Whether the tensors of `state` may be overwritten.
+        """
+        tokens = key.shape[2]
+        if tokens == 1 and lengths is None and in_place and state.least > self._last_pinned:
+            return self._append_one(state, key, value)
+        added = key.new_full((key.shape[0],), tokens, dtype=torch.int64) if lengths is None else lengths
+        num_tokens = state.num_tokens + added
+        least = state.least + (tokens if lengths is None else int(lengths.min()))
+        state = self._grown(state, self.num_slots(state.most + tokens))
+        wanted = self._held(num_tokens, state.keys.shape[2])  # [B, S]
+        source = wanted - state.num_tokens[:, None]
+        is_new = source >= 0
+        index = source.clamp(0, tokens - 1)[:, None, :, None]
+        keys, values = (
+            torch.where(is_new[:, None, :, None], _gather(x, index), old)
+            for x, old in ((key, state.keys), (value, state.values))
+        )
+        return KeyValueState(keys, values, wanted, num_tokens, least, state.most + tokens)
+
+    def leaving(self, state: KeyValueState) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """Return key, value `[B, G, 1, ·]` and validity `[B]` of what the next token of each row will overwrite.
+
+        None if it is known that nothing will be.
+        """
+        if self.window is None or state.most - self.window < self.num_leading:
+            return None
+        slot = self._ring_slot(state.num_tokens).clamp(max=state.keys.shape[2] - 1)
+        index = slot[:, None, None, None]
+        valid = state.num_tokens - self.window >= self.num_leading
+        return _gather(state.keys, index), _gather(state.values, index), valid
+
+    def stream(self, state: KeyValueState, key: torch.Tensor, value: torch.Tensor, width: int) -> Stream:
+        """Return the last `width` positions, then the new tokens, as a stream in order of positions.
+
+        Only for stores whose pinned positions are the first tokens, and `width` at most their window.
+        """
+        if not state.most:
+            return Stream(key, value)
+        order = state.num_tokens[:, None] - width + torch.arange(width, device=key.device)  # [B, width]
+        slots = torch.where(order < self.num_leading, order, self._ring_slot(order))
+        index = slots.clamp(0, state.keys.shape[2] - 1)[:, None, :, None]
+        sink_key, sink_value = self._leading(state, key, value)
+        return Stream(
+            torch.cat((_gather(state.keys, index), key), dim=2),
+            torch.cat((_gather(state.values, index), value), dim=2),
+            state.num_tokens - width,
+            state.least - width,
+            sink_key,
+            sink_value,
+        )
+
+    def nbytes(self, num_tokens: int, num_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> int:
+        """Return the bytes of the state of one row after `num_tokens` tokens."""
+        slots = self.num_slots(num_tokens)
+        return slots * (num_heads * (key_dim + value_dim) * dtype.itemsize + 8) + 8
+
+    @property
+    def _last_pinned(self) -> int:
+        return self.pinned[-1] if self.pinned else -1
+
+    def _ring_slot(self, positions: torch.Tensor) -> torch.Tensor:
+        offset = positions - self.num_leading
+        return len(self.pinned) + (offset if self.window is None else offset % self.window)
+
+    def _held(self, num_tokens: torch.Tensor, slots: int) -> torch.Tensor:
+        """Position that each slot holds after `num_tokens` `[B]` tokens, −1 for none, `[B, slots]`."""
+        ring = torch.arange(slots - len(self.pinned), device=num_tokens.device)
+        last = num_tokens[:, None] - 1 - self.num_leading
+        offset = ring.expand(num_tokens.shape[0], -1) if self.window is None else last - (last - ring) % self.window
+        held = offset + self.num_leading
+        held = held.masked_fill((offset < 0) | (offset > last), -1)
+        if not self.pinned:
+            return held
+        pinned = torch.tensor(self.pinned, device=num_tokens.device)
+        held = held.masked_fill(torch.isin(held, pinned), -1)
+        arrived = torch.where(pinned < num_tokens[:, None], pinned, -1)
+        return torch.cat((arrived, held), dim=1)
+
+    def _leading(
+        self, state: KeyValueState, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `num_leading` tokens of each row, from the state or, where they come now, from the new tokens."""
+        number = self.num_leading
+        if state.least >= number:
+            return state.keys[:, :, :number], state.values[:, :, :number]
+        position = torch.arange(number, device=key.device).expand(key.shape[0], -1)
+        new = position - state.num_tokens[:, None]
+        index = torch.where(new < 0, position, number + new.clamp(0, key.shape[2] - 1))[:, None, :, None]
+        old = (state.keys[:, :, :number], state.values[:, :, :number])
+        sink_key, sink_value = (_gather(torch.cat((o, x), dim=2), index) for o, x in zip(old, (key, value), strict=True))
+        return sink_key, sink_value
+
+    def _grown(self, state: KeyValueState, slots: int) -> KeyValueState:
+        missing = slots - state.keys.shape[2]
+        if missing <= 0:
+            return state
+        keys, values = (functional.pad(x, (0, 0, 0, missing)) for x in (state.keys, state.values))
+        positions = functional.pad(state.positions, (0, missing), value=-1)
+        return state._replace(keys=keys, values=values, positions=positions)
+
+    def _append_one(self, state: KeyValueState, key: torch.Tensor, value: torch.Tensor) -> KeyValueState:
+        state = self._grown(state, self.num_slots(state.most + 1))
+        if state.least == state.most:
+            slot = len(self.pinned) + state.most - self.num_leading
+            if self.window is not None:
+                slot = len(self.pinned) + (state.most - self.num_leading) % self.window
+            state.keys[:, :, slot] = key[:, :, 0]
+            state.values[:, :, slot] = value[:, :, 0]
+            state.positions[:, slot] = state.most
+        else:
+            slots = self._ring_slot(state.num_tokens)[:, None]  # [B, 1]
+            for old, new in ((state.keys, key), (state.values, value)):
+                old.scatter_(2, slots[:, None, :, None].expand_as(new), new)
+            state.positions.scatter_(1, slots, state.num_tokens[:, None])
+        return state._replace(num_tokens=state.num_tokens + 1, least=state.least + 1, most=state.most + 1)
+
+
+def _gather(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Take slots `index` `[B, 1, S', 1]` of x `[B, G, S, X]`."""
+    return x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3]))

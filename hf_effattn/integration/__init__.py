@@ -1,0 +1,36 @@
+"""Every touch of transformers' inner ways: what we register there, and what of it we rely on."""
+
+from __future__ import annotations
+
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
+
+from ..cache import EffAttnCacheLayer
+from .attention import NAME, effattn_attention
+from .binding import attach, detach, is_attached
+from .classes import LAYER_TYPE, become_converted, become_original, register_config, set_builder, swap_submodels
+from .masks import effattn_mask
+from .positions import guard_positions, unguard_positions
+
+__all__ = [
+    "NAME",
+    "attach",
+    "become_converted",
+    "become_original",
+    "detach",
+    "guard_positions",
+    "is_attached",
+    "register",
+    "register_config",
+    "set_builder",
+    "swap_submodels",
+    "unguard_positions",
+]
+
+
+def register() -> None:
+    """Enter our attention function, mask function and cache layer into transformers' tables, under our own names."""
+    AttentionInterface.register(NAME, effattn_attention)
+    AttentionMaskInterface.register(NAME, effattn_mask)
+    DYNAMIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = EffAttnCacheLayer
+    STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = EffAttnCacheLayer

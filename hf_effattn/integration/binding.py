@@ -1,0 +1,101 @@
+"""Attaching a mechanism to an attention module, and handing each call its cache layer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+
+from ..cache import EffAttnCacheLayer
+from .attention import NAME
+
+
+def attach(module: nn.Module, mechanism: nn.Module, cache_argument: str) -> None:
+    """Make `module` compute attention by `mechanism` from its next call on.
+
+    The module gets a config of its own that names our attention function, so that a later
+    `set_attn_implementation` on the model changes the softmax layers and not this one.
+    """
+    if is_attached(module):
+        detach(module, module.config)
+    mechanism.cache_argument = cache_argument  # type: ignore[assignment]
+    module.effattn = mechanism
+    config = copy.copy(module.config)
+    config._attn_implementation_internal = NAME  # type: ignore[union-attr]
+    module.config = config
+    module.register_forward_pre_hook(bind_cache, with_kwargs=True)
+
+
+def detach(module: nn.Module, config: Any) -> None:
+    """Undo `attach`; `config` is the model's, which the module shares again."""
+    del module.effattn
+    module.config = config
+    remove_hook(module, bind_cache)
+
+
+def is_attached(module: nn.Module) -> bool:
+    """Whether `module` is sure to compute attention by its mechanism."""
+    return (
+        getattr(module, "effattn", None) is not None
+        and getattr(module.config, "_attn_implementation", None) == NAME
+        and bind_cache in module._forward_pre_hooks.values()
+    )
+
+
+def remove_hook(module: nn.Module, hook: Any) -> None:
+    """Remove a forward pre-hook by the function it calls (handles don't survive pickling)."""
+    for key in [key for key, value in module._forward_pre_hooks.items() if value is hook]:
+        del module._forward_pre_hooks[key]
+        module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+
+def bind_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Forward pre-hook: find the cache among the arguments and pass this layer's part on to the attention function."""
+    cache = kwargs.get(module.effattn.cache_argument)  # type: ignore[union-attr,arg-type]
+    if cache is None:
+        return None
+    if isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache):
+        raise TypeError(
+            f"converted layers keep their state in a transformers Cache (DynamicCache); got {type(cache).__name__}"
+        )
+    layer = own_layer(cache, module.layer_idx)  # type: ignore[arg-type]
+    _refuse_packing(kwargs)
+    layer.bind(module.effattn.describe())  # type: ignore[union-attr,operator]
+    return args, {**kwargs, "effattn_layer": layer}
+
+
+def own_layer(cache: Cache, index: int) -> EffAttnCacheLayer:
+    """Return the layer of `cache` for a converted layer; an empty foreign one is replaced, a filled one refused."""
+    while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    if index >= len(cache.layers):
+        raise ValueError(f"the cache has {len(cache.layers)} layers, the model asks for layer {index}")
+    layer = cache.layers[index]
+    if isinstance(layer, EffAttnCacheLayer):
+        return layer
+    if type(layer) is not DynamicLayer or layer.get_seq_length():
+        raise ValueError(
+            f"layer {index} of the cache is a {type(layer).__name__} with {layer.get_seq_length()} tokens of softmax "
+            "attention, which a converted layer cannot continue. Pass no cache, an empty DynamicCache(), or "
+            "DynamicCache(config=model.config)"
+        )
+    own = EffAttnCacheLayer()
+    cache.layers[index] = own
+    return own
+
+
+def _refuse_packing(kwargs: dict[str, Any]) -> None:
+    """Raise if documents are packed into rows while a cache is given: transformers then loses where they begin."""
+    positions = kwargs.get("position_ids")
+    if kwargs.get("attention_mask") is not None or positions is None or positions.shape[-1] == 1:
+        return
+    if torch.compiler.is_compiling():
+        return
+    if bool((positions.diff(dim=-1) < 0).any()):
+        raise ValueError(
+            "position_ids restart within a row, so documents are packed; with a cache they would see each other. "
+            "Pass use_cache=False"
+        )

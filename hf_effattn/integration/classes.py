@@ -1,0 +1,239 @@
+"""Config and model classes of converted models, made on the fly: `EffAttnLlamaConfig`, `EffAttnLlamaForCausalLM`, ….
+
+Each is a subclass of transformers' own with `model_type = "effattn_<base>"` and a field `effattn` that says what each
+layer became. So a saved conversion loads converted through every Auto class, and fails loudly without this package.
+The classes are attributes of this module: that is where pickle finds them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+PREFIX = "EffAttn"
+TYPE_PREFIX = "effattn_"
+LAYER_TYPE = "effattn"  # registered with transformers' caches; stands in the view of a config that caches are made from
+GUARD = "hf_effattn"  # stands for every layer type in config.json, so that plain classes refuse the file
+
+_classes: dict[str, type] = {}
+_build: Callable[[PreTrainedModel], None] | None = None
+
+
+def set_builder(build: Callable[[PreTrainedModel], None]) -> None:
+    """Tell how a freshly constructed model with a converted config gets its mechanisms (`hf_effattn.convert` does)."""
+    global _build
+    _build = build
+
+
+class EffAttnConfigMixin:
+    """Added to a config class: what each layer became, and the caches that fit."""
+
+    effattn: dict[str, Any] | None
+    is_effattn = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        restored = (getattr(self, "effattn", None) or {}).get("layer_types")
+        if (kwargs.get("layer_types") or [None])[0] == GUARD:
+            kwargs.pop("layer_types")
+            if restored is not None:
+                kwargs["layer_types"] = restored
+        elif (getattr(self, "layer_types", None) or [None])[0] == GUARD:
+            self.layer_types = restored
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        register_models(type(self))  # type: ignore[arg-type]
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> Any:
+        """With `decoder=True`, return the view of the config that transformers makes caches from."""
+        if not decoder or encoder or not self.effattn:
+            return super().get_text_config(decoder=decoder, encoder=encoder)  # type: ignore[misc]
+        view = copy.copy(self)
+        native = getattr(self, "layer_types", None) or ["full_attention"] * len(self.effattn["layers"])
+        converted = self.effattn["layers"]
+        view.layer_types = [LAYER_TYPE if spec else kind for kind, spec in zip(native, converted, strict=True)]
+        return view
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """Write the config so that only this package can read it: see `GUARD`."""
+        data = json.loads(super().to_json_string(use_diff=use_diff))  # type: ignore[misc]
+        if data.get("effattn"):
+            data["effattn"]["layer_types"] = data.get("layer_types")
+            data["layer_types"] = [GUARD] * len(data["effattn"]["layers"])
+        return json.dumps(data, indent=2, sort_keys=True) + "\n"
+
+
+class EffAttnModelMixin:
+    """Added to a model class: conversion at construction, before any weights are loaded."""
+
+    _supports_context_parallel = False
+    config: Any
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if _build is not None and getattr(config, "effattn", None):
+            _build(self)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise learned parameters of mechanisms as documented, keeping those that were loaded."""
+        if not hasattr(module, "reset_parameters") or not _belongs_to_mechanism(module):
+            super()._init_weights(module)  # type: ignore[misc]
+            return
+        loaded = [(p, p.detach().clone()) for p in module.parameters() if getattr(p, "_is_hf_initialized", False)]
+        module.reset_parameters()  # type: ignore[operator]
+        for parameter, value in loaded:
+            parameter.copy_(value)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load as transformers does; a converted checkpoint that lacks parameters of mechanisms is an error."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        _check_keys(pretrained_model_name_or_path, info, kwargs)
+        return (model, info) if wants_info else model
+
+
+def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """Return the converted twin of a config class."""
+    name = PREFIX + base.__name__
+    if name not in _classes:
+        namespace = {
+            "__module__": __name__,
+            "__annotations__": {"effattn": "dict | None"},
+            "model_type": TYPE_PREFIX + base.model_type,
+            "effattn": None,
+        }
+        _classes[name] = type(name, (EffAttnConfigMixin, base), namespace)
+    return _classes[name]
+
+
+def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """Return the converted twin of a model class."""
+    name = PREFIX + base.__name__
+    if name not in _classes:
+        twin = config_class(base.config_class)
+        namespace = {
+            "__module__": __name__,
+            "__doc__": base.__doc__,
+            "__annotations__": {"config": twin},
+            "config_class": twin,
+            "_can_set_attn_implementation_cached_value": base._can_set_attn_implementation(),
+        }
+        _classes[name] = type(name, (EffAttnModelMixin, base), namespace)
+    return _classes[name]
+
+
+def original_class(twin: type) -> type:
+    """Return the class whose twin this is, or the class itself."""
+    return twin.__mro__[2] if twin.__name__ in _classes else twin
+
+
+def __getattr__(name: str) -> type:
+    """Find `EffAttnX` for unpickling in a process that has not made it yet."""
+    base = getattr(transformers, name[len(PREFIX) :], None) if name.startswith(PREFIX) else None
+    if not isinstance(base, type):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return config_class(base) if issubclass(base, PreTrainedConfig) else model_class(base)
+
+
+def become_converted(model: PreTrainedModel) -> None:
+    """Give `model` and its config, in place, the classes of a converted model; the config is copied first, since
+    other models may share it."""
+    old = model.config
+    if getattr(old, "is_effattn", False):
+        return
+    new = copy.deepcopy(old)
+    new.__class__ = config_class(type(old))
+    new.effattn = {"version": 1, "layers": [None] * old.num_hidden_layers}
+    register_models(type(new))
+    _swap(model, old, new, model_class)
+
+
+def become_original(model: PreTrainedModel) -> None:
+    """Undo `become_converted`."""
+    config = model.config
+    config.__class__ = original_class(type(config))
+    del config.effattn
+    _swap(model, config, config, original_class)
+
+
+def swap_submodels(model: PreTrainedModel) -> None:
+    """Give the inner models of a freshly constructed converted model their converted classes."""
+    _swap(model, model.config, model.config, model_class)
+
+
+def _swap(model: PreTrainedModel, old: Any, new: Any, twin: Callable[[Any], Any]) -> None:
+    for module in model.modules():
+        if getattr(module, "config", None) is not old:
+            continue
+        module.config = new
+        if isinstance(module, PreTrainedModel):
+            if (twin is model_class) != isinstance(module, EffAttnModelMixin):
+                module.__class__ = twin(type(module))
+            _CAN_RECORD_REGISTRY[module] = module._can_record_outputs  # keyed by class
+
+
+def register_config(base: type[PreTrainedConfig]) -> None:
+    """Register the converted twin of a config class with AutoConfig."""
+    twin = config_class(base)
+    AutoConfig.register(twin.model_type, twin, exist_ok=True)
+
+
+def register_models(twin: type[PreTrainedConfig]) -> None:
+    """Register the converted twins of all model classes of a family with transformers' and PEFT's tables, once."""
+    if twin.__dict__.get("_models_registered") or twin.__name__ not in _classes:
+        return
+    twin._models_registered = True
+    base = original_class(twin)
+    for auto in vars(modeling_auto).values():
+        if not (isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass)):
+            continue
+        mapping = auto._model_mapping
+        if mapping is None or base not in mapping:
+            continue
+        head = mapping[base]
+        if isinstance(head, type) and getattr(head, "config_class", None) is base:
+            auto.register(twin, model_class(head), exist_ok=True)
+    _register_with_peft(base.model_type, twin.model_type)
+
+
+def _register_with_peft(model_type: str, twin_type: str) -> None:
+    """Copy PEFT's per-family tables (such as LoRA's default targets) for the converted family."""
+    from peft.utils import constants
+
+    for name, table in vars(constants).items():
+        if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and model_type in table:
+            table.setdefault(twin_type, table[model_type])
+
+
+def _belongs_to_mechanism(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(__name__.partition(".")[0] + ".")
+
+
+def _check_keys(path: Any, info: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    """Raise for missing or unexpected parameters of mechanisms, unless the checkpoint is that of a softmax model."""
+    missing = sorted(key for key in info["missing_keys"] if ".effattn." in key)
+    unexpected = sorted(key for key in info["unexpected_keys"] if ".effattn." in key)
+    if unexpected:
+        raise ValueError(f"the checkpoint {path} has parameters its config does not know: {', '.join(unexpected)}")
+    if missing and path is not None and _is_converted_checkpoint(path, kwargs):
+        raise ValueError(f"the converted checkpoint {path} lacks parameters: {', '.join(missing)}")
+
+
+def _is_converted_checkpoint(path: Any, kwargs: dict[str, Any]) -> bool:
+    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+    options = {name: kwargs[name] for name in names if name in kwargs}
+    data, _ = PreTrainedConfig.get_config_dict(os.fspath(path), **options)
+    return str(data.get("model_type", "")).startswith(TYPE_PREFIX)

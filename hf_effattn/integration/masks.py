@@ -1,0 +1,113 @@
+"""From transformers' attention masks to segment ids: what padding and packing mean to a converted layer.
+
+Segment ids are `[B, T]`: 0 for padding, k for the k-th document packed into a row. They are linear in the text, where
+transformers' own masks are quadratic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.masking_utils import causal_mask_function
+
+
+def effattn_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    device: torch.device | str | None = None,
+    **_: Any,
+) -> torch.Tensor | None:
+    """Return the segment ids of the new tokens, or None if all are real and of one document.
+
+    This is what transformers calls in place of building a mask once every layer of a model is converted.
+
+    Args:
+        attention_mask: Booleans `[B, tokens seen + T]`, True = keep.
+        mask_function: transformers' causal rule; one that knows documents if `position_ids` restart within rows.
+    """
+    if attention_mask is not None:
+        end = int(q_offset) + q_length
+        if attention_mask.shape[1] < end:
+            raise ValueError(
+                f"attention_mask covers {attention_mask.shape[1]} tokens, but {int(q_offset)} tokens are in the cache and "
+                f"{q_length} are new: it must cover all {end}"
+            )
+        new = attention_mask[:, int(q_offset) : end].bool()
+        return None if bool(new.all()) else new.long()
+    if mask_function is causal_mask_function:
+        return None
+    row = torch.arange(batch_size, device=device)[:, None]
+    token = torch.arange(1, q_length, device=device)[None]
+    continues = mask_function(row, torch.zeros_like(row), token, token - 1).expand(batch_size, -1)
+    starts = torch.cat((continues.new_ones(batch_size, 1), ~continues), dim=1)
+    segment_ids = starts.long().cumsum(dim=1)
+    return None if bool((segment_ids[:, -1] == 1).all()) else segment_ids
+
+
+def to_segment_ids(mask: Any, num_tokens: int, num_seen: int) -> torch.Tensor | None:
+    """Read the mask a converted layer receives.
+
+    Args:
+        mask: None; segment ids or 2-D padding `[B, ≥ T]`; or transformers' own 4-D mask `[B, 1, T, S]`, boolean or
+            additive, which models with some softmax layers build for these.
+        num_tokens: T, the new tokens.
+        num_seen: Tokens in the cache.
+
+    Raises:
+        ValueError: for masks that are more than causality, padding and packing.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, torch.Tensor):
+        raise ValueError(
+            f"converted layers cannot read a {type(mask).__name__}; use attn_implementation 'sdpa' or 'eager' for the "
+            "layers that stay softmax"
+        )
+    if mask.ndim == 2:
+        segment_ids = mask[:, -num_tokens:].long()
+    elif mask.ndim == 4:
+        segment_ids = _from_full_mask(mask, num_tokens, num_seen)
+    else:
+        raise ValueError(f"attention_mask must be [B, T] (1 = keep), or None; got shape {list(mask.shape)}")
+    return None if bool((segment_ids == 1).all()) else segment_ids
+
+
+def _from_full_mask(mask: torch.Tensor, num_tokens: int, num_seen: int) -> torch.Tensor:
+    if mask.shape[1] != 1:
+        raise ValueError(
+            f"attention_mask of shape {list(mask.shape)} differs by head; converted layers take padding masks [B, T]"
+        )
+    visible = mask
+    if mask.dtype != torch.bool:
+        lowest = torch.finfo(mask.dtype).min
+        if not bool(((mask == 0) | (mask <= lowest)).all()):
+            raise ValueError("attention_mask has values other than 0 and minus infinity: biases are not supported")
+        visible = mask == 0
+    visible = visible[:, 0]  # [B, T, S]
+    new = visible[:, :, num_seen : num_seen + num_tokens]
+    real = new.diagonal(dim1=1, dim2=2)  # [B, T]
+    index = torch.arange(num_tokens, device=mask.device)
+    latest = torch.where(real, index, -1).cummax(dim=1).values  # last real token up to and including each
+    before = torch.cat((latest.new_full((latest.shape[0], 1), -1), latest[:, :-1]), dim=1)
+    sees_before = new.gather(2, before.clamp(min=0)[..., None])[..., 0] & (before >= 0)
+    segment_ids = (real & ~sees_before).long().cumsum(dim=1)
+    if num_seen:  # the first document began in the past
+        segment_ids = segment_ids - segment_ids[:, :1] + 1
+    segment_ids = segment_ids * real
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    expected = same & real[:, None, :] & (index[:, None] >= index)
+    past = visible[:, :, :num_seen]
+    agree = (new == expected).all(dim=2) & (past == past[:, -1:]).all(dim=2)
+    if not bool((agree | ~real).all()):
+        raise ValueError(
+            "custom 4-D attention masks are not supported by converted layers: only causality, padding and packed "
+            "documents are"
+        )
+    return segment_ids
