@@ -166,6 +166,8 @@ def become_original(model: PreTrainedModel) -> None:
     config = model.config
     config.__class__ = original_class(type(config))
     del config.effattn
+    if config.architectures:  # saving a converted model wrote its class name here
+        config.architectures = [name.removeprefix(PREFIX) for name in config.architectures]
     _swap(model, config, config, original_class)
 
 

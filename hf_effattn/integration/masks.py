@@ -94,13 +94,13 @@ def _from_full_mask(mask: torch.Tensor, num_tokens: int, num_seen: int) -> torch
     new = visible[:, :, num_seen : num_seen + num_tokens]
     real = new.diagonal(dim1=1, dim2=2)  # [B, T]
     index = torch.arange(num_tokens, device=mask.device)
-    latest = torch.where(real, index, -1).cummax(dim=1).values  # last real token up to and including each
-    before = torch.cat((latest.new_full((latest.shape[0], 1), -1), latest[:, :-1]), dim=1)
-    sees_before = new.gather(2, before.clamp(min=0)[..., None])[..., 0] & (before >= 0)
-    segment_ids = (real & ~sees_before).long().cumsum(dim=1)
-    if num_seen:  # the first document began in the past
-        segment_ids = segment_ids - segment_ids[:, :1] + 1
-    segment_ids = segment_ids * real
+    if num_seen:  # the one document that a cache holds goes on
+        segment_ids = real.long()
+    else:
+        latest = torch.where(real, index, -1).cummax(dim=1).values  # last real token up to and including each
+        before = torch.cat((latest.new_full((latest.shape[0], 1), -1), latest[:, :-1]), dim=1)
+        sees_before = new.gather(2, before.clamp(min=0)[..., None])[..., 0] & (before >= 0)
+        segment_ids = (real & ~sees_before).long().cumsum(dim=1) * real
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     expected = same & real[:, None, :] & (index[:, None] >= index)
     past = visible[:, :, :num_seen]

@@ -1,0 +1,170 @@
+"""The matrix of all laws: every architecture × every mechanism × every backend, read from the registries."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from hf_effattn import LinearConfig, SparseConfig
+from hf_effattn.architectures import ARCHITECTURES
+from hf_effattn.feature_maps import FEATURE_MAPS
+from hf_effattn.ops.sparse import choose_backend
+from hf_effattn.patterns import PATTERNS, Pattern, dilated, global_tokens, make_pattern, sinks, sliding_window
+
+VOCABULARY = 97
+NUM_LAYERS = 2
+
+# A value for every option a pattern may have; small, so that tiny texts meet all cases.
+PATTERN_OPTIONS = {"window": 6, "num_sinks": 2, "positions": (0, 9), "stride": 5, "num_summary": 2}
+COMPOSITIONS = {
+    "dilated|global": dilated(3, 4) | global_tokens((0, 7)),
+    "window&dilated": sliding_window(9) & dilated(4, 3),
+    "window|sinks": sliding_window(3) | sinks(1),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to convert a model."""
+
+    name: str
+    mechanism: str
+    options: dict[str, Any] = field(hash=False)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def patterns() -> dict[str, Pattern]:
+    """Every registered pattern with small options, and some compositions."""
+    made = {}
+    for name in PATTERNS:
+        parameters = inspect.signature(PATTERNS.get(name)).parameters
+        made[name] = make_pattern(name, {key: PATTERN_OPTIONS[key] for key in parameters})
+    return made | COMPOSITIONS
+
+
+def cases() -> list[Case]:
+    """Every feature map with and without a window, and every pattern, on every backend that computes it."""
+    found = []
+    for name in FEATURE_MAPS:
+        for window, num_sinks in ((0, 0), (5, 0), (6, 2)):
+            for backend in LinearConfig.backends:
+                options = {"feature_map": name, "window": window, "num_sinks": num_sinks, "chunk_size": 4}
+                found.append(Case(f"{name}-w{window}s{num_sinks}-{backend}", "linear", {**options, "backend": backend}))
+    for name, pattern in patterns().items():
+        for backend in SparseConfig.backends:
+            try:
+                choose_backend(pattern, backend)
+            except ValueError:
+                continue
+            found.append(Case(f"{name}-{backend}", "sparse", {"pattern": pattern, "backend": backend}))
+    return found
+
+
+CASES = cases()
+ONE_CASE_EACH = [case for case in CASES if case.options["backend"] == "auto"]  # for laws that backends can't break
+DEFAULTS = [
+    Case("linear", "linear", {"window": 6, "num_sinks": 2}),
+    Case("pure-linear", "linear", {"window": 0, "num_sinks": 0, "feature_map": "elu"}),
+    Case("streaming", "sparse", {"window": 6, "num_sinks": 2}),
+]
+
+
+def architectures() -> dict[str, dict[str, Any]]:
+    """Every architecture; those with grouped-query attention also without it."""
+    found = {}
+    for name in ARCHITECTURES:
+        config = getattr(transformers, ARCHITECTURES.get(name).config_class)()
+        if hasattr(config, "num_key_value_heads"):
+            found[f"{name}-gqa"] = {"model_type": name, "num_key_value_heads": 2}
+            found[f"{name}-mha"] = {"model_type": name, "num_key_value_heads": 4}
+        else:
+            found[name] = {"model_type": name}
+    return found
+
+
+MODELS = architectures()
+
+
+def tiny_config(model: str, **changes: Any) -> Any:
+    options = dict(MODELS[model])
+    config_class = getattr(transformers, ARCHITECTURES.get(options.pop("model_type")).config_class)
+    return config_class(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=48,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        initializer_range=0.1,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=0,
+        **{**options, **changes},
+    )
+
+
+@functools.lru_cache(maxsize=None)
+def _original(model: str) -> PreTrainedModel:
+    torch.manual_seed(1)
+    return transformers.AutoModelForCausalLM.from_config(tiny_config(model)).eval()
+
+
+def tiny_model(model: str) -> PreTrainedModel:
+    """A tiny random model, always with the same weights; a new one at each call."""
+    return copy.deepcopy(_original(model))
+
+
+@functools.lru_cache(maxsize=None)
+def _converted(model: str, case: Case) -> PreTrainedModel:
+    return shake(tiny_model(model).convert_attention(case.mechanism, **case.options))
+
+
+def converted_model(model: str, case: Case) -> PreTrainedModel:
+    """`tiny_model` converted, with learned parameters moved away from their start; shared, so don't change it."""
+    return _converted(model, case)
+
+
+def shake(model: PreTrainedModel) -> PreTrainedModel:
+    """Move what conversion added away from its start, so that tests can see it."""
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".effattn." in name:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+                if name.endswith("bias"):
+                    parameter.add_(2.0)  # open the linear part
+    return model
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, shape, generator=generator)
+
+
+def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pad token rows on the left: ids and attention mask."""
+    longest = max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, longest - len(row) :] = row
+        mask[index, longest - len(row) :] = 1
+    return ids, mask
+
+
+def positions_of(mask: torch.Tensor) -> torch.Tensor:
+    """Position ids as `generate` makes them from a padding mask."""
+    return (mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)
