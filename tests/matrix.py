@@ -141,7 +141,7 @@ def shake(model: PreTrainedModel) -> PreTrainedModel:
             if ".effattn." in name:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
                 if name.endswith("bias"):
-                    parameter.add_(2.0)  # open the linear part
+                    parameter.add_(4.0)  # open the linear part
     return model
 
 

@@ -18,7 +18,7 @@ from ..ops.linear.chunked import segments
 from ..patterns import Retention
 from .base import MECHANISMS, Call, HeadGeometry, Mechanism
 
-BIAS_START = -2.0  # the linear part starts nearly closed: untrained features otherwise cost quality; training opens it
+BIAS_START = -4.0  # the linear part starts nearly closed: untrained features cost quality; training opens it
 
 
 class HybridState(NamedTuple):
@@ -34,7 +34,7 @@ class LinearAttention(Mechanism):
     under one normaliser (after LoLCATs, arXiv 2410.10254; see `hf_effattn.ops.hybrid`).
 
     Learned parameters: those of the feature maps of queries (per query head) and keys (per key/value head), and with
-    a window the `bias` `[H]` on the logarithm of the linear part's mass, which starts at −2.
+    a window the `bias` `[H]` on the logarithm of the linear part's mass, which starts at −4.
 
     Args:
         config: Feature map, window, sinks, chunk size, backend.

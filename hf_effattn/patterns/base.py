@@ -174,7 +174,7 @@ def make_pattern(name: str, options: dict[str, Any]) -> Pattern:
     missing = [p.name for p in parameters.values() if p.default is p.empty and p.name not in options]
     unknown = [key for key in options if key not in parameters]
     if missing or unknown:
-        wrong = f"needs {missing}" if missing else f"does not take {unknown}"
+        wrong = f"does not take {unknown}" if unknown else f"needs {missing}"
         raise ValueError(f"pattern {name!r} {wrong}; its options: {', '.join(parameters)}")
     return factory(**options)
 

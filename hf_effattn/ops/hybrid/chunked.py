@@ -15,6 +15,7 @@ from ..collector import Collector
 from ..linear import LinearOutput, LinearState
 from ..linear.chunked import fold, linear_segment, segments, unfold, with_ones
 from ..linear.state import joined, split
+from ..sparse.masked import attend_causal
 from ..stream import Stream
 from .merge import merge
 from .options import HybridOptions
@@ -27,6 +28,8 @@ def hybrid_attention(
     batch, heads, tokens, _ = query.shape
     kv_heads, chunk = stream.key.shape[1], options.chunk_size
     past = stream.key.shape[2] - tokens
+    if past == 0 and tokens <= options.window:  # nothing has left the window yet: softmax attention, exactly
+        return LinearOutput(attend_causal(query, stream.key, stream.value, options.scale), state)
     dtype = compute_dtype(query.dtype)
     collector = Collector(query, stream.value.shape[-1])
     carry = joined(state).flatten(0, 1)

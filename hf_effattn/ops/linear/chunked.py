@@ -88,7 +88,7 @@ def linear_attention(
         k = fold(key[:, :, start:end].to(dtype), kv_heads, chunk_size, length)
         v = fold(with_ones(value[:, :, start:end].to(dtype)), kv_heads, chunk_size, length)
         output, carry = linear_segment(q, k, v, carry)
-        output = unfold(output, kv_heads, chunk_size, end - start)
+        output = unfold(output, kv_heads, chunk_size, end - start).to(carry.dtype)
         normalised = output[..., :-1] / output[..., -1:].clamp(min=EPS)
         collector.add(normalised.view(batch, heads, end - start, -1).to(query.dtype))
     return LinearOutput(collector.result(), split(carry.view(batch, kv_heads, *carry.shape[1:])))

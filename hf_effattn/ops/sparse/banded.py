@@ -11,7 +11,7 @@ import torch
 from ...patterns import Band
 from ..collector import Collector
 from ..stream import Stream
-from .masked import attend
+from .masked import attend, attend_causal
 
 
 def sparse_attention(
@@ -19,6 +19,8 @@ def sparse_attention(
 ) -> torch.Tensor:
     """Compute attention of `query` `[B, H, T, D]` over `stream` under `band`; the window must be at least 1."""
     tokens, past = query.shape[2], stream.key.shape[2] - query.shape[2]
+    if past == 0 and tokens <= band.window:
+        return attend_causal(query, stream.key, stream.value, scale, dropout)
     size = min(max(band.window // 4, 64), 256)
     collector = Collector(query, stream.value.shape[-1])
     masks: dict[tuple[int, int], torch.Tensor] = {}

@@ -47,3 +47,12 @@ def attend(
     return functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scale, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1]
     )
+
+
+def attend_causal(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, dropout: float = 0.0
+) -> torch.Tensor:
+    """Softmax attention of grouped heads over the whole past: what a window longer than the text amounts to."""
+    return functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1]
+    )

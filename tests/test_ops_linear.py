@@ -1,0 +1,141 @@
+"""The linear operation: law 2 (fast = slow), law 3 (nothing from the future), and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_effattn.ops.linear import BACKENDS, LinearState, linear_attention
+
+FAST = sorted(set(BACKENDS) - {"reference"})
+fast = pytest.mark.parametrize("backend", FAST)
+
+
+def inputs(batch: int, kv_heads: int, groups: int, length: int, **options: Any) -> list[torch.Tensor]:
+    """Mapped queries and keys (positive, as features are) and values."""
+    shape = (batch, kv_heads, length)
+    q = torch.rand(batch, kv_heads * groups, length, 6, **options)
+    return [q, torch.rand(*shape, 6, **options), torch.randn(*shape, 5, **options)]
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).norm() / expected.norm().clamp(min=1e-30))
+
+
+shapes = {
+    "batch": st.integers(1, 3),
+    "kv_heads": st.integers(1, 2),
+    "groups": st.integers(1, 3),
+    "length": st.integers(1, 150) | st.just(1100),
+    "chunk": st.integers(1, 70),
+}
+
+
+@fast
+@given(**shapes)
+def test_fast_is_slow(backend: str, batch: int, kv_heads: int, groups: int, length: int, chunk: int) -> None:
+    length = min(length, 200) if backend == "recurrent" else length
+    torch.manual_seed(length)
+    q, k, v = inputs(batch, kv_heads, groups, length)
+    state = LinearState(torch.rand(batch, kv_heads, 6, 5), torch.rand(batch, kv_heads, 6))
+    mask = torch.rand(batch, length) > 0.2
+    for past in (None, state):
+        for padding in (None, mask):
+            options = {"state": past, "padding_mask": padding, "chunk_size": chunk}
+            expected = linear_attention(q, k, v, backend="reference", **options)
+            actual = linear_attention(q, k, v, backend=backend, **options)
+            assert relative(actual.output, expected.output) <= 1e-6
+            assert relative(actual.state.kv, expected.state.kv) <= 1e-6
+            assert relative(actual.state.normalizer, expected.state.normalizer) <= 1e-6
+
+
+@fast
+def test_gradients_are_those_of_the_reference(backend: str) -> None:
+    leaves = [x.requires_grad_() for x in inputs(2, 2, 3, 130)]
+    state = [x.requires_grad_() for x in (torch.rand(2, 2, 6, 5), torch.rand(2, 2, 6))]
+    weight = torch.randn(2, 6, 130, 5)
+    gradients = {}
+    for name in ("reference", backend):
+        output, new = linear_attention(*leaves, state=LinearState(*state), chunk_size=32, backend=name)
+        loss = (output * weight).sum() + new.kv.pow(2).sum() + new.normalizer.sum()
+        gradients[name] = torch.autograd.grad(loss, [*leaves, *state])
+    for actual, expected in zip(gradients[backend], gradients["reference"], strict=True):
+        assert relative(actual, expected) <= 2e-6
+
+
+@fast
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_stays_within_its_rounding(backend: str, dtype: torch.dtype) -> None:
+    leaves = [x.to(dtype).requires_grad_() for x in inputs(1, 2, 3, 300)]
+    weight = torch.randn(1, 6, 300, 5)
+    results = {}
+    for name in ("reference", backend):
+        output, state = linear_attention(*leaves, backend=name)
+        assert output.dtype == dtype
+        assert state.kv.dtype == state.normalizer.dtype == torch.float32
+        results[name] = [output, *torch.autograd.grad((output.float() * weight).sum(), leaves)]
+    for index, (actual, expected) in enumerate(zip(results[backend], results["reference"], strict=True)):
+        assert relative(actual, expected) <= (1e-2 if index else 6e-3)
+
+
+@fast
+def test_a_long_half_precision_text_does_not_drift(backend: str) -> None:
+    q, k, v = inputs(1, 1, 1, 4096)
+    exact = linear_attention(q, k, v, backend="reference").output
+    half = linear_attention(q.bfloat16(), k.bfloat16(), v.bfloat16(), backend=backend).output
+    assert relative(half[:, :, -512:], exact[:, :, -512:]) <= 1e-2
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@given(length=st.integers(2, 140), at=st.integers(1, 139))
+def test_nothing_from_the_future(backend: str, length: int, at: int) -> None:
+    at = at % length
+    q, k, v = inputs(1, 2, 2, length)
+    before = linear_attention(q, k, v, chunk_size=16, backend=backend).output
+    for x in (q, k, v):
+        x[:, :, at] = 7.0
+    after = linear_attention(q, k, v, chunk_size=16, backend=backend).output
+    assert torch.equal(before[:, :, :at], after[:, :, :at])
+
+
+@pytest.mark.parametrize("backend", sorted(BACKENDS))
+def test_a_query_like_no_key_gets_zero(backend: str) -> None:
+    q, k, v = inputs(1, 1, 1, 9)
+    output = linear_attention(torch.zeros_like(q), k, v, backend=backend).output
+    assert torch.equal(output, torch.zeros_like(output))
+
+
+def test_one_token_is_computed_recurrently_and_more_in_chunks() -> None:
+    for length, backend in ((1, "recurrent"), (9, "chunked")):
+        x = inputs(1, 1, 2, length)
+        assert torch.equal(linear_attention(*x).output, linear_attention(*x, backend=backend).output)
+
+
+def test_double_stays_double() -> None:
+    output, state = linear_attention(*inputs(1, 1, 1, 70, dtype=torch.float64))
+    assert output.dtype == state.kv.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": torch.rand(2, 6, 5)}, ValueError, r"expected query \[B,H,T,F\]"),
+        ({"query": torch.rand(2, 3, 5, 6)}, ValueError, "multiple"),
+        ({"query": torch.rand(2, 4, 7, 6)}, ValueError, "past comes as `state`"),
+        ({"value": torch.rand(2, 2, 5, 4).double()}, TypeError, "differ in dtype"),
+        ({"backend": "fused"}, ValueError, "valid: auto, reference, chunked, recurrent"),
+        ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
+        ({"padding_mask": torch.ones(2, 5)}, TypeError, "must be boolean"),
+        ({"padding_mask": torch.ones(2, 4).bool()}, ValueError, r"must be \[2, 5\]"),
+        ({"state": LinearState(torch.rand(2, 2, 5, 4), torch.rand(2, 2, 5))}, ValueError, r"\[B,G,F,V\]"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    good = {"query": torch.rand(2, 4, 5, 6), "key": torch.rand(2, 2, 5, 6), "value": torch.rand(2, 2, 5, 4)}
+    with pytest.raises(error, match=message):
+        linear_attention(**{**good, **change})

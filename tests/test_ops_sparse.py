@@ -1,0 +1,137 @@
+"""The sparse operation: law 2 (fast = slow), law 3 (nothing from the future), and what it refuses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matrix import patterns
+from test_ops_linear import relative
+
+from hf_effattn.ops.sparse import BACKENDS, choose_backend, sparse_attention
+from hf_effattn.patterns import Pattern, streaming, strided
+
+ALL = {**patterns(), "long": streaming(300, 4), "wide": streaming(70, 9)}
+
+
+def pairs() -> list[tuple[str, str]]:
+    found = []
+    for name, pattern in ALL.items():
+        for backend in BACKENDS:
+            try:
+                found.append((name, choose_backend(pattern, backend)))
+            except ValueError:
+                continue
+    return found
+
+
+PAIRS = pairs()
+FAST = [pair for pair in PAIRS if pair[1] != "reference"]
+
+
+def inputs(batch: int, kv_heads: int, groups: int, length: int, past: int = 0, **options: Any) -> list[torch.Tensor]:
+    shape = (batch, kv_heads, past + length)
+    q = torch.randn(batch, kv_heads * groups, length, 8, **options)
+    return [q, torch.randn(*shape, 8, **options), torch.randn(*shape, 5, **options)]
+
+
+@pytest.mark.parametrize(("name", "backend"), FAST)
+@given(
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 2),
+    groups=st.integers(1, 3),
+    length=st.integers(1, 150) | st.just(600),
+    past=st.integers(0, 90),
+    padding=st.sampled_from(["none", "left", "holes"]),
+)
+def test_fast_is_slow(
+    name: str, backend: str, batch: int, kv_heads: int, groups: int, length: int, past: int, padding: str
+) -> None:
+    torch.manual_seed(length)
+    q, k, v = inputs(batch, kv_heads, groups, length, past)
+    mask = None
+    if padding != "none":
+        mask = torch.rand(batch, past + length) > 0.3
+        if padding == "left":
+            mask = torch.arange(past + length) >= torch.randint(0, past + length, (batch, 1))
+    options = {"query_offset": past, "padding_mask": mask}
+    expected = sparse_attention(q, k, v, ALL[name], backend="reference", **options)
+    actual = sparse_attention(q, k, v, ALL[name], backend=backend, **options)
+    if mask is not None:
+        real = mask[:, None, past:, None]
+        actual, expected = actual * real, expected * real
+    assert actual.isfinite().all()
+    assert relative(actual, expected) <= 1e-6
+
+
+@pytest.mark.parametrize(("name", "backend"), FAST)
+def test_gradients_are_those_of_the_reference(name: str, backend: str) -> None:
+    leaves = [x.requires_grad_() for x in inputs(2, 2, 3, 130)]
+    weight = torch.randn(2, 6, 130, 5)
+    gradients = {
+        each: torch.autograd.grad((sparse_attention(*leaves, ALL[name], backend=each) * weight).sum(), leaves)
+        for each in ("reference", backend)
+    }
+    for actual, expected in zip(gradients[backend], gradients["reference"], strict=True):
+        assert actual.isfinite().all()
+        assert relative(actual, expected) <= 2e-6
+
+
+@pytest.mark.parametrize(("name", "backend"), FAST)
+def test_bfloat16_stays_within_its_rounding(name: str, backend: str) -> None:
+    leaves = [x.bfloat16().requires_grad_() for x in inputs(1, 2, 3, 200)]
+    weight = torch.randn(1, 6, 200, 5)
+    results = {}
+    for each in ("reference", backend):
+        output = sparse_attention(*leaves, ALL[name], backend=each)
+        assert output.dtype == torch.bfloat16
+        results[each] = [output, *torch.autograd.grad((output.float() * weight).sum(), leaves)]
+    for index, (actual, expected) in enumerate(zip(results[backend], results["reference"], strict=True)):
+        assert relative(actual, expected) <= (1e-2 if index else 6e-3)
+
+
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
+@given(length=st.integers(2, 140), at=st.integers(1, 139))
+def test_nothing_from_the_future(name: str, backend: str, length: int, at: int) -> None:
+    at = at % length
+    q, k, v = inputs(1, 2, 2, length)
+    before = sparse_attention(q, k, v, ALL[name], backend=backend)
+    for x in (q, k, v):
+        x[:, :, at] = 7.0
+    after = sparse_attention(q, k, v, ALL[name], backend=backend)
+    assert torch.equal(before[:, :, :at], after[:, :, :at])
+
+
+@pytest.mark.parametrize("backend", ["reference", "masked"])
+def test_a_blind_query_gets_zero(backend: str) -> None:
+    pattern = ALL["sinks"] & ALL["sliding_window"]  # from position 7 on nothing is both recent and a sink
+    output = sparse_attention(*inputs(1, 1, 1, 20), pattern, backend=backend)
+    assert torch.equal(output[:, :, 8:], torch.zeros_like(output[:, :, 8:]))
+    assert output[:, :, :2].abs().sum() > 0
+
+
+def test_auto_prefers_the_band() -> None:
+    assert choose_backend(streaming(8)) == "banded"
+    assert choose_backend(strided(8)) == "masked"
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"query": torch.rand(2, 6, 5)}, ValueError, r"expected query \[B,H,T,D\]"),
+        ({"query": torch.rand(2, 3, 5, 6)}, ValueError, "multiple"),
+        ({"query_offset": 2}, ValueError, "query_offset"),
+        ({"backend": "flash"}, ValueError, "valid: auto, reference, masked, banded"),
+        ({"backend": "banded", "pattern": strided(3)}, ValueError, "not strided"),
+        ({"padding_mask": torch.ones(2, 5)}, TypeError, "must be boolean"),
+    ],
+)
+def test_bad_input_is_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    good = {"query": torch.rand(2, 4, 5, 6), "key": torch.rand(2, 2, 5, 6), "value": torch.rand(2, 2, 5, 4)}
+    options: dict[str, Any] = {**good, "pattern": streaming(3), **change}
+    pattern: Pattern = options.pop("pattern")
+    with pytest.raises(error, match=message):
+        sparse_attention(options.pop("query"), options.pop("key"), options.pop("value"), pattern, **options)

@@ -1,0 +1,148 @@
+"""Patterns: what they show, how they compose, and law 4: eviction is safe."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from matrix import COMPOSITIONS, patterns
+
+from hf_effattn.cache import KeyValueStore
+from hf_effattn.patterns import (
+    PATTERNS,
+    Pattern,
+    Retention,
+    dilated,
+    fixed,
+    global_tokens,
+    pattern_from_spec,
+    sinks,
+    sliding_window,
+    streaming,
+    strided,
+)
+
+ALL = patterns()
+LENGTH = 60
+
+
+def matrix(pattern: Pattern, length: int = LENGTH) -> torch.Tensor:
+    index = torch.arange(length)[None]
+    return pattern.visible(index, index)[0, 0].expand(length, length)
+
+
+def by_hand(rule: object, length: int = LENGTH) -> torch.Tensor:
+    return torch.tensor([[j <= i and bool(rule(i, j)) for j in range(length)] for i in range(length)])  # type: ignore[operator]
+
+
+def test_first_self_and_two_before_are_four_keys() -> None:
+    pattern = sliding_window(3) | sinks(1)
+    assert pattern.num_visible(500) == 4
+    assert matrix(pattern, 501)[500].nonzero().flatten().tolist() == [0, 498, 499, 500]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "rule"),
+    [
+        (sliding_window(6), lambda i, j: i - j < 6),
+        (sinks(3), lambda i, j: j < 3),
+        (streaming(5, 2), lambda i, j: i - j < 5 or j < 2),
+        (global_tokens((0, 9)), lambda i, j: i in (0, 9) or j in (0, 9)),
+        (dilated(4, 3), lambda i, j: (i - j) % 3 == 0 and (i - j) / 3 < 4),
+        (strided(7), lambda i, j: i - j < 7 or (i - j) % 7 == 0),
+        (fixed(8, 2), lambda i, j: i // 8 == j // 8 or j % 8 >= 6),
+        (sliding_window(9) & dilated(9, 2), lambda i, j: i - j < 9 and (i - j) % 2 == 0),
+    ],
+    ids=lambda value: value.describe() if isinstance(value, Pattern) else "",
+)
+def test_patterns_show_what_their_equations_say(pattern: Pattern, rule: object) -> None:
+    assert torch.equal(matrix(pattern), by_hand(rule))
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_nothing_from_the_future(name: str) -> None:
+    assert not matrix(ALL[name]).triu(1).any()
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_eviction_is_safe(name: str) -> None:
+    index = torch.arange(LENGTH)
+    kept = ALL[name].retention.keeps(index[:, None], index[None, :])
+    assert not (matrix(ALL[name]) & ~kept).any()
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_a_store_holds_what_later_queries_see(name: str) -> None:
+    """The same law for the store itself: no key is gone that the query, or any later one, sees."""
+    pattern = ALL[name]
+    store = KeyValueStore(pattern.retention)
+    seen = matrix(pattern)
+    for query in range(LENGTH):
+        held = store._held(torch.tensor([query + 1]), store.num_slots(query + 1))[0]
+        needed = seen[query:, : query + 1].any(dim=0).nonzero().flatten()
+        assert set(needed.tolist()) <= set(held.tolist())
+        real = held[held >= 0].tolist()
+        assert len(real) == len(set(real)), "a position is held twice"
+
+
+@given(
+    first=st.tuples(st.none() | st.integers(0, 20), st.frozensets(st.integers(0, 20), max_size=4)),
+    second=st.tuples(st.none() | st.integers(0, 20), st.frozensets(st.integers(0, 20), max_size=4)),
+)
+def test_retentions_compose_safely(
+    first: tuple[int | None, frozenset[int]], second: tuple[int | None, frozenset[int]]
+) -> None:
+    a, b = (Retention(window, pinned) for window, pinned in (first, second))
+    q, k = torch.arange(25)[:, None], torch.arange(25)[None]
+    causal = k <= q
+    union, intersection = a.keeps(q, k) | b.keeps(q, k), a.keeps(q, k) & b.keeps(q, k)
+    assert not (causal & union & ~(a | b).keeps(q, k)).any()
+    assert not (causal & intersection & ~(a & b).keeps(q, k)).any()
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_a_band_is_the_pattern(name: str) -> None:
+    band = ALL[name].band
+    if band is not None:
+        assert torch.equal(matrix(ALL[name]), by_hand(lambda i, j: i - j < band.window or j < band.num_sinks))
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_a_spec_makes_the_pattern_again(name: str) -> None:
+    pattern = ALL[name]
+    for again in (pattern_from_spec(pattern.spec), pickle.loads(pickle.dumps(pattern))):
+        assert again == pattern
+        assert again.describe() == pattern.describe()
+        assert torch.equal(matrix(again), matrix(pattern))
+
+
+@pytest.mark.parametrize("name", sorted(set(ALL) - {"sinks", "global_tokens"} - set(COMPOSITIONS)))
+def test_presets_leave_no_query_blind(name: str) -> None:
+    assert matrix(ALL[name]).diagonal().all()
+
+
+@pytest.mark.parametrize("name", list(PATTERNS))
+def test_each_pattern_names_its_paper(name: str) -> None:
+    assert "arXiv" in (PATTERNS.get(name).__doc__ or "")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: sliding_window(0), "window must be at least 1"),
+        (lambda: sliding_window("8"), "window must be an integer"),
+        (lambda: sinks(-1), "num_sinks must be at least 0"),
+        (lambda: global_tokens(()), "at least one global position"),
+        (lambda: global_tokens((-1,)), "positions must be at least 0"),
+        (lambda: fixed(4, 8), "num_summary must be at most stride"),
+        (lambda: pattern_from_spec({"name": "nonsense"}), "valid: .*streaming"),
+        (lambda: pattern_from_spec({"name": "strided", "window": 3}), "does not take .*its options: stride"),
+        (lambda: pattern_from_spec({}), "has a 'name'"),
+    ],
+)
+def test_bad_options_are_named(make: object, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        make()  # type: ignore[operator]
