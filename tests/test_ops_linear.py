@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from hf_effattn.ops.linear import BACKENDS, LinearState, linear_attention
 
@@ -16,10 +17,10 @@ fast = pytest.mark.parametrize("backend", FAST)
 
 
 def inputs(batch: int, kv_heads: int, groups: int, length: int, **options: Any) -> list[torch.Tensor]:
-    """Mapped queries and keys (positive, as features are) and values."""
+    """Queries and keys mapped by elu + 1, and values."""
     shape = (batch, kv_heads, length)
-    q = torch.rand(batch, kv_heads * groups, length, 6, **options)
-    return [q, torch.rand(*shape, 6, **options), torch.randn(*shape, 5, **options)]
+    q, k = torch.randn(batch, kv_heads * groups, length, 6, **options), torch.randn(*shape, 6, **options)
+    return [functional.elu(q) + 1, functional.elu(k) + 1, torch.randn(*shape, 5, **options)]
 
 
 def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:

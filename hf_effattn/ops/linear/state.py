@@ -42,5 +42,5 @@ def joined(state: LinearState) -> torch.Tensor:
 
 
 def split(joined_state: torch.Tensor) -> LinearState:
-    """Undo `joined`."""
-    return LinearState(joined_state[..., :-1], joined_state[..., -1])
+    """Undo `joined`, into tensors that own their memory: a cache must not hold on to the scratch they came from."""
+    return LinearState(joined_state[..., :-1].contiguous(), joined_state[..., -1].contiguous())

@@ -1,0 +1,222 @@
+"""Law 9: what cannot be honoured is an error that says what can, and the model is then as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from matrix import DEFAULTS, MODELS, VOCABULARY, Case, converted_model, tiny_config, tiny_model, tokens
+from transformers import AutoModelForCausalLM, BertConfig, BertModel, DynamicCache, T5Config, T5ForConditionalGeneration
+
+import hf_effattn
+from hf_effattn import LinearConfig
+from hf_effattn.patterns import Pattern, sliding_window
+
+on_every_model = pytest.mark.parametrize("model", MODELS)
+defaults = pytest.mark.parametrize("case", DEFAULTS, ids=str)
+IDS = tokens(2, 20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        (("quadratic",), {}, ValueError, "unknown mechanism 'quadratic'; valid: linear, sparse"),
+        ((None,), {}, TypeError, "mechanism is chosen by its name"),
+        (("linear",), {"featuremap": "elu"}, ValueError, "unknown option 'featuremap'.*feature_map"),
+        (("linear",), {"feature_map": "gelu"}, ValueError, "valid: elu, hedgehog, relu"),
+        (("linear",), {"window": -1}, ValueError, "window must be at least 0"),
+        (("linear",), {"window": 4.0}, TypeError, "window must be an integer"),
+        (("linear",), {"window": 0}, ValueError, "num_sinks=4 needs a softmax window"),
+        (("linear",), {"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
+        (("linear",), {"backend": "triton"}, ValueError, "valid: auto, chunked, reference"),
+        (("linear",), {"pattern": "streaming"}, ValueError, "unknown option 'pattern' of linear"),
+        (("sparse",), {}, ValueError, r"'streaming' needs \['window'\]"),
+        (("sparse",), {"pattern": "butterfly"}, ValueError, "valid: dilated, fixed, .*strided"),
+        (("sparse",), {"window": 8, "stride": 2}, ValueError, r"does not take \['stride'\].*window, num_sinks"),
+        (("sparse",), {"window": 0}, ValueError, "window must be at least 1"),
+        (("sparse",), {"pattern": "strided", "stride": 4, "backend": "banded"}, ValueError, "'banded' computes windows"),
+        (("sparse",), {"window": 8, "backend": "fast"}, ValueError, "valid: auto, banded, masked, reference"),
+        (("sparse",), {"pattern": sliding_window(4), "window": 8}, ValueError, "belong to named patterns"),
+        (("sparse",), {"pattern": 7}, TypeError, "must be a Pattern or one of"),
+        (("sparse",), {"pattern": Pattern(lambda b, h, q, k: k == q)}, ValueError, "register_pattern"),
+        ((LinearConfig(),), {"window": 8}, ValueError, "cannot be joined to a config"),
+        (("linear",), {"layers": [2]}, ValueError, "layers names layer 2; valid: 0 to 1"),
+        (("linear",), {"layers": [-3]}, ValueError, "layers names layer -3"),
+        (("linear",), {"layers": 1}, TypeError, "list of layer indices"),
+        (("linear",), {"layers": ["0"]}, TypeError, "list of layer indices"),
+        (("linear",), {"keep_softmax": [9]}, ValueError, "keep_softmax names layer 9"),
+        (("linear",), {"layers": [0], "keep_softmax": [1]}, ValueError, "not both"),
+    ],
+)
+@on_every_model
+def test_bad_options_are_named_and_change_nothing(
+    model: str, arguments: tuple[Any, ...], options: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    net = tiny_model(model)
+    before, kind, config = net(IDS).logits, type(net), net.config.to_dict()
+    with pytest.raises(error, match=message):
+        net.convert_attention(*arguments, **options)
+    assert type(net) is kind
+    assert net.config.to_dict() == config
+    assert not any(hasattr(module, "effattn") for module in net.modules())
+    assert torch.equal(net(IDS).logits, before)
+
+
+def test_families_without_a_seam_and_encoders_are_refused() -> None:
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    with pytest.raises(ValueError, match="type 'bert' are not supported; supported model types: gpt2, llama"):
+        BertModel(BertConfig(**small, vocab_size=9)).convert_attention("linear")
+    t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=9))
+    with pytest.raises(ValueError, match="type 't5' are not supported"):
+        t5.convert_attention("linear")
+    with pytest.raises(TypeError, match="PreTrainedModel; got Linear"):
+        hf_effattn.convert_attention(torch.nn.Linear(2, 2), "linear")  # type: ignore[type-var]
+
+
+def test_cross_attention_is_refused() -> None:
+    net = AutoModelForCausalLM.from_config(tiny_config("gpt2", add_cross_attention=True))
+    with pytest.raises(ValueError, match="cross-attention"):
+        net.convert_attention("linear")
+    assert not hasattr(net.config, "effattn")
+
+
+@on_every_model
+def test_offloaded_models_are_refused(model: str) -> None:
+    from accelerate import cpu_offload
+
+    net = tiny_model(model)
+    kind = type(net)
+    cpu_offload(net)
+    with pytest.raises(ValueError, match="offloaded by accelerate.*before dispatching"):
+        net.convert_attention("linear")
+    assert type(net) is kind
+
+
+@defaults
+@on_every_model
+def test_foreign_caches_are_refused_unless_empty(model: str, case: Case) -> None:
+    net, plain = converted_model(model, case), tiny_model(model)
+    filled = DynamicCache()
+    plain(IDS, past_key_values=filled)
+    with pytest.raises(ValueError, match="empty DynamicCache"):
+        net(IDS[:, :1], past_key_values=filled)
+    own = DynamicCache()
+    net(IDS, past_key_values=own)
+    with pytest.raises(ValueError, match="not converted"):
+        plain(IDS[:, :1], past_key_values=own)
+    with pytest.raises((TypeError, AttributeError, ValueError)):
+        net(IDS, past_key_values=((torch.zeros(1),),))
+
+
+@on_every_model
+def test_a_cache_of_another_mechanism_is_refused(model: str) -> None:
+    cache = DynamicCache()
+    converted_model(model, DEFAULTS[0])(IDS, past_key_values=cache)
+    with pytest.raises(ValueError, match="filled by a layer with linear hedgehog.*now has sparse"):
+        converted_model(model, DEFAULTS[2])(IDS[:, :1], past_key_values=cache)
+
+
+@defaults
+@on_every_model
+def test_masks_that_differ_by_head_and_custom_masks_are_refused(model: str, case: Case) -> None:
+    net = converted_model(model, case)
+    heads = torch.ones(2, 4, 20, 20, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match="differs by head"):
+        net(IDS, attention_mask=heads, use_cache=False)
+    tree = torch.ones(2, 1, 20, 20, dtype=torch.bool).tril()
+    tree[:, :, 10, 3] = False
+    with pytest.raises(ValueError, match="custom 4-D attention masks"):
+        net(IDS, attention_mask=tree, use_cache=False)
+    bias = torch.zeros(2, 1, 20, 20).masked_fill(~torch.ones(20, 20, dtype=torch.bool).tril(), torch.finfo().min)
+    torch.testing.assert_close(net(IDS, attention_mask=bias, use_cache=False).logits, net(IDS, use_cache=False).logits)
+    with pytest.raises(ValueError, match="biases are not supported"):
+        net(IDS, attention_mask=bias + 0.5, use_cache=False)
+
+
+@defaults
+@on_every_model
+def test_attention_weights_are_refused(model: str, case: Case) -> None:
+    with pytest.raises(ValueError, match="attention weights|output_attentions"):
+        converted_model(model, case)(IDS, output_attentions=True)
+
+
+@defaults
+@on_every_model
+def test_hidden_states_are_still_recorded(model: str, case: Case) -> None:
+    assert len(converted_model(model, case)(IDS, output_hidden_states=True).hidden_states) == 3
+
+
+@defaults
+@on_every_model
+def test_unknown_keywords_do_not_pass_silently(model: str, case: Case) -> None:
+    for name in ("softcap", "s_aux", "cu_seq_lens_q"):
+        with pytest.raises(ValueError, match=name):
+            converted_model(model, case)(IDS, use_cache=False, **{name: torch.ones(1)})
+    with pytest.raises(ValueError, match="is_causal=False"):
+        converted_model(model, case)(IDS, use_cache=False, is_causal=False)
+
+
+@defaults
+@on_every_model
+def test_packed_documents_cannot_share_a_cache(model: str, case: Case) -> None:
+    positions = torch.cat((torch.arange(8), torch.arange(12)))[None].expand(2, -1)
+    with pytest.raises(ValueError, match="use_cache=False"):
+        converted_model(model, case)(IDS, position_ids=positions, use_cache=True)
+
+
+@defaults
+@on_every_model
+def test_a_mask_that_forgets_the_past_is_refused(model: str, case: Case) -> None:
+    net, cache = converted_model(model, case), DynamicCache()
+    net(IDS, past_key_values=cache)
+    with pytest.raises(ValueError, match="must cover all 22"):
+        net(IDS[:, :2], attention_mask=torch.tensor([[0, 1], [1, 1]]), past_key_values=cache)
+
+
+@defaults
+@on_every_model
+def test_rolling_back_what_was_not_recorded_is_refused(model: str, case: Case) -> None:
+    net, cache = converted_model(model, case), DynamicCache(config=converted_model(model, case).config)
+    net(IDS, past_key_values=cache)
+    cache.crop(0)
+    with pytest.raises(RuntimeError, match="activate_past_recording"):
+        cache.crop(-1)
+    with pytest.raises(ValueError, match="negative"):
+        cache.crop(5)
+
+
+@defaults
+def test_learned_positions_end_with_a_message(case: Case) -> None:
+    net = converted_model("gpt2", case)
+    assert net(tokens(1, 128)).logits.shape[1] == 128
+    with pytest.raises(ValueError, match="position 128 is beyond the 128 learned positions"):
+        net(tokens(1, 129))
+    cache = DynamicCache()
+    net(tokens(1, 128), past_key_values=cache)
+    with pytest.raises(ValueError, match="beyond the 128 learned positions"):
+        net(tokens(1, 1), past_key_values=cache)
+
+
+def test_rotary_models_go_on_past_their_trained_length() -> None:
+    net = converted_model("llama-gqa", DEFAULTS[0])
+    assert net(tokens(1, 300)).logits.isfinite().all()
+
+
+@on_every_model
+def test_a_conversion_that_was_undone_behind_our_back_is_reported(model: str) -> None:
+    net = tiny_model(model).convert_attention("sparse", window=4)
+    module = next(module for module in net.modules() if hasattr(module, "effattn"))
+    module._forward_pre_hooks.clear()
+    with pytest.raises(RuntimeError, match="does not compute it"):
+        net.attention_report()
+
+
+@pytest.mark.parametrize("length", [0, -1, 1.5, True, None])
+def test_the_report_names_a_bad_context_length(length: Any) -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        tiny_model("gpt2").attention_report(context_length=length)
+
+
+def test_the_vocabulary_of_the_matrix_is_that_of_its_models() -> None:
+    assert tiny_model("gpt2").config.vocab_size == VOCABULARY
