@@ -43,13 +43,13 @@ class EffAttnConfigMixin:
     is_effattn = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        restored = (getattr(self, "effattn", None) or {}).get("layer_types")
-        if (kwargs.get("layer_types") or [None])[0] == GUARD:
-            kwargs.pop("layer_types")
-            if restored is not None:
-                kwargs["layer_types"] = restored
-        elif (getattr(self, "layer_types", None) or [None])[0] == GUARD:
-            self.layer_types = restored
+        spec = getattr(self, "effattn", None) or {}
+        guarded = kwargs.get("layer_types") or getattr(self, "layer_types", None) or [None]
+        if guarded[0] == GUARD:
+            kwargs.pop("layer_types", None)
+            self.num_hidden_layers = len(spec["layers"])
+            if spec["layer_types"] is not None:
+                self.layer_types = spec["layer_types"]
         super().__post_init__(**kwargs)  # type: ignore[misc]
         register_models(type(self))  # type: ignore[arg-type]
 
@@ -64,11 +64,12 @@ class EffAttnConfigMixin:
         return view
 
     def to_json_string(self, use_diff: bool = True) -> str:
-        """Write the config so that only this package can read it: see `GUARD`."""
+        """Write the config so that plain classes of the family refuse it: see `GUARD`."""
         data = json.loads(super().to_json_string(use_diff=use_diff))  # type: ignore[misc]
         if data.get("effattn"):
             data["effattn"]["layer_types"] = data.get("layer_types")
             data["layer_types"] = [GUARD] * len(data["effattn"]["layers"])
+            data.pop("num_hidden_layers", None)  # the bare PreTrainedConfig, which Trainer reads, then lets it pass
         return json.dumps(data, indent=2, sort_keys=True) + "\n"
 
 

