@@ -17,6 +17,6 @@ __all__ = ["LinearConfig", "SparseConfig", "attention_report", "convert_attentio
 
 integration.register()
 register_architectures()
-PreTrainedModel.convert_attention = convert_attention
-PreTrainedModel.revert_attention = revert_attention
-PreTrainedModel.attention_report = attention_report
+PreTrainedModel.convert_attention = convert_attention  # type: ignore[attr-defined]
+PreTrainedModel.revert_attention = revert_attention  # type: ignore[attr-defined]
+PreTrainedModel.attention_report = attention_report  # type: ignore[attr-defined]

@@ -116,7 +116,9 @@ class SparseConfig(MechanismConfig):
         if not isinstance(self.pattern, Pattern):
             raise TypeError(f"pattern must be a Pattern or one of {PATTERNS.names()}; got {self.pattern!r}")
         if not self.pattern.spec:
-            raise ValueError("a pattern made by hand cannot be saved; make it in a factory under @register_pattern(name)")
+            raise ValueError(
+                "a pattern made by hand cannot be saved; make it in a factory under @register_pattern(name)"
+            )
         if given:
             raise ValueError(f"{sorted(given)} belong to named patterns; {self.pattern.describe()} has its own")
         return self.pattern

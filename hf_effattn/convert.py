@@ -90,7 +90,9 @@ def converted_layers(model: PreTrainedModel) -> dict[int, Mechanism | None]:
     specs = (getattr(model.config, "effattn", None) or {}).get("layers", [None] * len(found))
     for index, spec in enumerate(specs):
         if (spec is not None) != (found[index] is not None) or (spec and not integration.is_attached(modules[index])):
-            raise RuntimeError(f"layer {index} is configured as {spec} but does not compute it; convert the model again")
+            raise RuntimeError(
+                f"layer {index} is configured as {spec} but does not compute it; convert the model again"
+            )
     return found
 
 

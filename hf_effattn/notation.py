@@ -29,7 +29,7 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of matrix products over features: bfloat16 stays, float16 (whose range is too small) does not."""
+    """Return the dtype of matrix products over features: bfloat16 stays, float16 has too small a range."""
     return torch.float32 if dtype == torch.float16 else dtype
 
 

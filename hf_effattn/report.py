@@ -50,7 +50,14 @@ class AttentionReport:
     def __str__(self) -> str:
         header = ("layer", "mechanism", "visible keys", "cache bytes", "FLOPs/token", "backend")
         rows = [
-            (str(x.index), x.mechanism, f"{x.visible_keys:,}", f"{x.cache_bytes:,}", f"{x.flops_per_token:,}", x.backend)
+            (
+                str(x.index),
+                x.mechanism,
+                f"{x.visible_keys:,}",
+                f"{x.cache_bytes:,}",
+                f"{x.flops_per_token:,}",
+                x.backend,
+            )
             for x in self.layers
         ]
         total = ("all", "", "", f"{self.cache_bytes:,}", f"{sum(x.flops_per_token for x in self.layers):,}", "")
@@ -63,7 +70,9 @@ class AttentionReport:
         ]
         rule = "-" * len(lines[0])
         title = f"attention at a context of {self.context_length:,} tokens, one row of a batch"
-        return "\n".join([title, lines[0].rstrip(), rule, *(line.rstrip() for line in lines[1:-1]), rule, lines[-1].rstrip()])
+        return "\n".join(
+            [title, lines[0].rstrip(), rule, *(line.rstrip() for line in lines[1:-1]), rule, lines[-1].rstrip()]
+        )
 
 
 def attention_report(model: PreTrainedModel, context_length: int = 4096) -> AttentionReport:

@@ -166,7 +166,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
-    versions = {"hf_effattn": hf_effattn.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {
+        "hf_effattn": hf_effattn.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     result: dict[str, Any] = {"versions": versions, "machine": platform.machine(), "heads": HEADS.__dict__}
     result |= {"seconds": {}, "scratch": {}}
     result |= {key: getattr(options, key) for key in ("dtype", "rounds", "threads")}

@@ -45,9 +45,8 @@ def document(path: Path | None) -> str:
 
 def cache_bytes(cache: DynamicCache) -> int:
     """Return the bytes that the cache holds, measured on its tensors."""
-    softmax = (layer for layer in cache.layers if layer.keys is not None)
-    converted = (layer for layer in cache.layers if layer.keys is None)
-    return sum(x.nbytes for layer in softmax for x in (layer.keys, layer.values)) + sum(x.nbytes() for x in converted)
+    layers: list[Any] = list(cache.layers)
+    return sum(x.nbytes() if x.keys is None else x.keys.nbytes + x.values.nbytes for x in layers)
 
 
 def decode(model: PreTrainedModel, cache: DynamicCache, token: torch.Tensor, steps: int) -> tuple[list[int], float]:
@@ -62,7 +61,9 @@ def decode(model: PreTrainedModel, cache: DynamicCache, token: torch.Tensor, ste
 
 
 @torch.inference_mode()
-def measure(model: PreTrainedModel, ids: torch.Tensor, contexts: list[int], length: int, advance: Any) -> dict[str, Any]:
+def measure(
+    model: PreTrainedModel, ids: torch.Tensor, contexts: list[int], length: int, advance: Any
+) -> dict[str, Any]:
     """Read `ids` `[1, T]` through the cache up to the last context, measuring at each."""
     scored = min(1024, length // 2)
     cache = DynamicCache(config=model.config)
@@ -92,7 +93,7 @@ def measure(model: PreTrainedModel, ids: torch.Tensor, contexts: list[int], leng
 
 
 def table(results: dict[str, dict[str, Any]], length: int) -> Table:
-    dense = results["dense"]
+    dense, held = results["dense"], "cache_bytes_at_length"
     shown = Table(title=f"{length:,} tokens, perplexity of the last {min(1024, length // 2):,}")
     for column in ("attention", "perplexity", "cache", "prefill tok/s", "decode tok/s"):
         shown.add_column(column, justify="left" if column == "attention" else "right", no_wrap=True)
@@ -100,7 +101,7 @@ def table(results: dict[str, dict[str, Any]], length: int) -> Table:
         shown.add_row(
             name,
             f"{r['perplexity']:.2f} ({r['perplexity'] / dense['perplexity']:.2f}x)",
-            f"{r['cache_bytes_at_length'] / 1e6:.1f} MB ({r['cache_bytes_at_length'] / dense['cache_bytes_at_length']:.0%})",
+            f"{r[held] / 1e6:.1f} MB ({r[held] / dense[held]:.0%})",
             *(
                 f"{r[key]:,.0f} ({r[key] / dense[key]:.1f}x)"
                 for key in ("prefill_tokens_per_second", "decode_tokens_per_second")
@@ -109,7 +110,7 @@ def table(results: dict[str, dict[str, Any]], length: int) -> Table:
     return shown
 
 
-def run(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, wanted: int, console: Console) -> Any:
+def run(model: Any, tokenizer: PreTrainedTokenizerBase, text: str, wanted: int, console: Console) -> Any:
     ids = tokenizer(text, return_tensors="pt").input_ids.to(model.device)
     positions = getattr(model.config, "max_position_embeddings", CONTEXTS[-1] + CONTINUED)
     room = min(positions - CONTINUED, ids.shape[1] - 1)  # the longest context that still has room to decode
@@ -147,9 +148,9 @@ def main() -> None:
     for name, result in results.items():
         console.print(f"  [bold]{name}[/bold]: {result['continuation']!r}", highlight=False)
     console.print(
-        "\nThe linear conversion is untrained: what lies beyond its window of 64 tokens reaches it only through feature "
-        "maps that have not learned this model yet, so it loses quality until training recovers it. Sparse attention "
-        "needs no training, but what has left its window is gone."
+        "\nThe linear conversion is untrained: what lies beyond its window of 64 tokens reaches it only through "
+        "feature maps that have not learned this model yet, so it loses quality until training recovers it. Sparse "
+        "attention needs no training, but what has left its window is gone."
     )
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "demo.json").write_text(json.dumps({"length": length, "variants": results}, indent=1) + "\n")

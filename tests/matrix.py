@@ -24,6 +24,7 @@ NUM_LAYERS = 2
 # A value for every option a pattern may have; small, so that tiny texts meet all cases.
 PATTERN_OPTIONS = {"window": 6, "num_sinks": 2, "positions": (0, 9), "stride": 5, "num_summary": 2}
 COMPOSITIONS = {
+    "undilated": dilated(5, 1),
     "dilated|global": dilated(3, 4) | global_tokens((0, 7)),
     "window&dilated": sliding_window(9) & dilated(4, 3),
     "window|sinks": sliding_window(3) | sinks(1),
@@ -112,7 +113,7 @@ def tiny_config(model: str, **changes: Any) -> Any:
     )
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _original(model: str) -> PreTrainedModel:
     torch.manual_seed(1)
     return transformers.AutoModelForCausalLM.from_config(tiny_config(model)).eval()
@@ -123,7 +124,7 @@ def tiny_model(model: str) -> PreTrainedModel:
     return copy.deepcopy(_original(model))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _converted(model: str, case: Case) -> PreTrainedModel:
     return shake(tiny_model(model).convert_attention(case.mechanism, **case.options))
 

@@ -35,7 +35,12 @@ IDS = tokens(2, 20)
         (("sparse",), {"pattern": "butterfly"}, ValueError, "valid: dilated, fixed, .*strided"),
         (("sparse",), {"window": 8, "stride": 2}, ValueError, r"does not take \['stride'\].*window, num_sinks"),
         (("sparse",), {"window": 0}, ValueError, "window must be at least 1"),
-        (("sparse",), {"pattern": "strided", "stride": 4, "backend": "banded"}, ValueError, "'banded' computes windows"),
+        (
+            ("sparse",),
+            {"pattern": "strided", "stride": 4, "backend": "banded"},
+            ValueError,
+            "'banded' computes windows",
+        ),
         (("sparse",), {"window": 8, "backend": "fast"}, ValueError, "valid: auto, banded, masked, reference"),
         (("sparse",), {"pattern": sliding_window(4), "window": 8}, ValueError, "belong to named patterns"),
         (("sparse",), {"pattern": 7}, TypeError, "must be a Pattern or one of"),

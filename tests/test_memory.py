@@ -1,4 +1,4 @@
-"""Law 5: caches of bounded patterns stop growing, and the report states their bytes. Law 10: fp32 states, in the cache."""
+"""Law 5: caches of bounded patterns stop growing, and the report states their bytes. Law 10: fp32 states."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from hf_effattn.ops.linear import LinearState
 
 on_every_model = pytest.mark.parametrize("model", MODELS)
 BOUNDED = [
-    case
-    for case in ONE_CASE_EACH
-    if case.mechanism == "linear" or case.options["pattern"].retention.window is not None
+    case for case in ONE_CASE_EACH if case.mechanism == "linear" or case.options["pattern"].retention.window is not None
 ]
 
 
@@ -115,7 +113,9 @@ def test_half_precision_gives_one_answer_within_its_rounding(model: str, case: C
     half = net.to(torch.bfloat16)
     full = half(ids, use_cache=False).logits.float()
     cache = DynamicCache(config=half.config)
-    parts = [half(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 13), *((t, t + 1) for t in range(13, 40)))]
+    parts = [
+        half(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 13), *((t, t + 1) for t in range(13, 40)))
+    ]
     error = (full - exact).norm() / exact.norm()
     assert error <= 0.05
     assert (torch.cat(parts, dim=1).float() - exact).norm() / exact.norm() <= 1.5 * error + 1e-3

@@ -30,9 +30,7 @@ def forward(model: torch.nn.Module, ids: torch.Tensor, **kwargs: object) -> torc
 @everywhere
 @on_every_model
 @given(length=lengths, at=st.lists(st.integers(0, 39), max_size=4), empty_cache=st.booleans())
-def test_chunked_prefill_is_full_forward(
-    model: str, case: Case, length: int, at: list[int], empty_cache: bool
-) -> None:
+def test_chunked_prefill_is_full_forward(model: str, case: Case, length: int, at: list[int], empty_cache: bool) -> None:
     net, ids = converted_model(model, case), tokens(2, length)
     cache = DynamicCache() if empty_cache else DynamicCache(config=net.config)
     parts = [forward(net, ids[:, a:b], past_key_values=cache) for a, b in cuts(length, at)]
@@ -50,7 +48,9 @@ def test_token_by_token_is_full_forward(model: str, case: Case) -> None:
 
 @everywhere
 @on_every_model
-@given(sizes=st.lists(lengths, min_size=2, max_size=4), at=st.lists(st.integers(0, 39), max_size=3), seed=st.integers(0, 9))
+@given(
+    sizes=st.lists(lengths, min_size=2, max_size=4), at=st.lists(st.integers(0, 39), max_size=3), seed=st.integers(0, 9)
+)
 def test_left_padded_rows_are_themselves(model: str, case: Case, sizes: list[int], at: list[int], seed: int) -> None:
     net = converted_model(model, case)
     rows = [tokens(size, seed=seed + index) for index, size in enumerate(sizes)]
@@ -71,11 +71,16 @@ def test_left_padded_rows_are_themselves(model: str, case: Case, sizes: list[int
 
 @everywhere
 @on_every_model
-@given(first=st.lists(st.integers(1, 9), min_size=2, max_size=2), second=st.lists(st.integers(1, 9), min_size=2, max_size=2))
+@given(
+    first=st.lists(st.integers(1, 9), min_size=2, max_size=2),
+    second=st.lists(st.integers(1, 9), min_size=2, max_size=2),
+)
 def test_padding_between_turns_is_invisible(model: str, case: Case, first: list[int], second: list[int]) -> None:
     """Two turns of a batched conversation, each padded on the left, then two decoding steps."""
     net = converted_model(model, case)
-    turns = [[tokens(size, seed=5 * turn + i) for i, size in enumerate(sizes)] for turn, sizes in enumerate((first, second))]
+    turns = [
+        [tokens(size, seed=5 * turn + i) for i, size in enumerate(sizes)] for turn, sizes in enumerate((first, second))
+    ]
     steps = tokens(2, 2, seed=99)
     parts = [left_padded(turn) for turn in turns] + [(steps[:, i : i + 1], torch.ones(2, 1).long()) for i in range(2)]
     cache = DynamicCache(config=net.config)

@@ -26,7 +26,9 @@ def options(name: str, window: int, num_sinks: int, chunk: int = 16, bias: float
 
 
 def inputs(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return tuple(torch.randn(batch, heads, length, dim) for heads, dim in ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, VALUE)))  # type: ignore[return-value]
+    return tuple(
+        torch.randn(batch, heads, length, dim) for heads, dim in ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, VALUE))
+    )  # type: ignore[return-value]
 
 
 @every_map
@@ -121,7 +123,11 @@ def test_extreme_scores_stay_finite(scale: float) -> None:
     for sign in (1.0, -1.0):
         o = options("relu", 3, 1, 4)
         q, k, v = inputs(1, 40)
-        leaves = [(q * scale).requires_grad_(), (sign * q[:, ::2] * scale).detach().requires_grad_(), v.requires_grad_()]
+        leaves = [
+            (q * scale).requires_grad_(),
+            (sign * q[:, ::2] * scale).detach().requires_grad_(),
+            v.requires_grad_(),
+        ]
         state = empty_state(1, KV_HEADS, DIM, VALUE, like=q)
         output = hybrid_attention(leaves[0], Stream(leaves[1], leaves[2]), state, o).output
         assert output.isfinite().all()

@@ -71,7 +71,9 @@ def test_calls_add_up(model: str) -> None:
     kinds = [layer.mechanism for layer in net.attention_report(context_length=50).layers]
     assert kinds[0].startswith("sparse streaming(window=4")
     assert kinds[-1].startswith("linear hedgehog(window=3")
-    net.convert_attention(LinearConfig(window=0, num_sinks=0, feature_map="elu"), keep_softmax=list(range(1, NUM_LAYERS)))
+    net.convert_attention(
+        LinearConfig(window=0, num_sinks=0, feature_map="elu"), keep_softmax=list(range(1, NUM_LAYERS))
+    )
     kinds = [layer.mechanism for layer in net.attention_report(context_length=50).layers]
     assert kinds[0].startswith("linear elu")
     assert kinds[-1].startswith("linear hedgehog"), "a layer that is kept stays what it was"

@@ -76,7 +76,7 @@ def test_lora_attaches_by_default_trains_and_comes_back(model: str, case: Case, 
         loss = tuned(IDS, labels=IDS, use_cache=False).loss
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < losses[0]
     moved = [name for name, p in tuned.named_parameters() if name in trainable and not torch.equal(p, trainable[name])]
     assert set(moved) == set(trainable)
@@ -118,6 +118,7 @@ def test_bfloat16_models_train(model: str, case: Case) -> None:
     assert all(gradient.isfinite().all() for gradient in gradients(net, use_cache=False).values())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @defaults
 @on_every_model

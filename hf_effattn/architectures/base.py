@@ -42,7 +42,7 @@ class Architecture:
     def attention_modules(self, model: nn.Module) -> dict[int, nn.Module]:
         """Return the self-attention modules of `model` by layer index."""
         return {
-            module.layer_idx: module  # type: ignore[misc]
+            module.layer_idx: module
             for name, module in model.named_modules()
             if name.rpartition(".")[2] == self.attention and hasattr(module, "layer_idx")
         }

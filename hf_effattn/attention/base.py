@@ -122,7 +122,7 @@ class Mechanism(nn.Module):
         batch, heads, tokens, _ = query.shape
         output = query.new_zeros(batch * tokens, heads, value.shape[-1])
         for rows in ragged.documents(segment_ids):
-            part, _ = self.attend(None, *(rows.gather(x) for x in (query, key, value)), call)
+            part, _ = self.attend(None, rows.gather(query), rows.gather(key), rows.gather(value), call)
             output = rows.scatter(part, output)
         return output.view(batch, tokens, heads, -1).transpose(1, 2)
 
@@ -143,8 +143,8 @@ class Mechanism(nn.Module):
             output, state = self.attend(state, query, key, value, call)
         else:
             rows = ragged.front(mask)
-            parts = (rows.gather(x) for x in (query, key, value))
-            output, state = self.attend(state, *parts, call._replace(lengths=rows.lengths))
+            call = call._replace(lengths=rows.lengths)
+            output, state = self.attend(state, rows.gather(query), rows.gather(key), rows.gather(value), call)
             flat = rows.scatter(output, output.new_zeros(mask.numel(), *output.shape[1::2]))
             output = flat.view(*mask.shape, *flat.shape[1:]).transpose(1, 2)
         cache_layer.commit(state, Pending(key, value, mask))

@@ -101,9 +101,7 @@ class LinearAttention(Mechanism):
     def _options(self, call: Call) -> HybridOptions:
         assert self.bias is not None
         c = self.config
-        return HybridOptions(
-            self.query_map, self.key_map, self.bias, c.window, c.num_sinks, call.scale, c.chunk_size
-        )
+        return HybridOptions(self.query_map, self.key_map, self.bias, c.window, c.num_sinks, call.scale, c.chunk_size)
 
     def _attend_linear(
         self, state: LinearState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call

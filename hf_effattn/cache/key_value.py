@@ -160,7 +160,9 @@ class KeyValueStore:
         new = position - state.num_tokens[:, None]
         index = torch.where(new < 0, position, number + new.clamp(0, key.shape[2] - 1))[:, None, :, None]
         old = (state.keys[:, :, :number], state.values[:, :, :number])
-        sink_key, sink_value = (_gather(torch.cat((o, x), dim=2), index) for o, x in zip(old, (key, value), strict=True))
+        sink_key, sink_value = (
+            _gather(torch.cat((o, x), dim=2), index) for o, x in zip(old, (key, value), strict=True)
+        )
         return sink_key, sink_value
 
     def _grown(self, state: KeyValueState, slots: int) -> KeyValueState:

@@ -28,7 +28,7 @@ class Pending(NamedTuple):
 class EffAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """What a converted layer remembers of the text: all of its state, and nothing on the module.
 
-    The layer never computes: the mechanism reads `state`, and hands back the state after the new tokens. `update`, which
+    The layer never computes: the mechanism reads `state` and hands back the state after the new tokens. `update`, which
     the model calls, only counts tokens. While the past is recorded (`activate_past_recording`, as assisted decoding
     does), new tokens wait in `pending` until `crop` says which of them stay, so rollback is exact.
     """
@@ -76,8 +76,8 @@ class EffAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         """Check that the tokens to attend to are those announced by `update`, once."""
         if num_tokens != self.num_announced:
             raise ValueError(
-                f"the model announced {self.num_announced} tokens to its cache and attends with {num_tokens}: attention "
-                "that runs twice a layer or shares keys between layers is not supported"
+                f"the model announced {self.num_announced} tokens to its cache and attends with {num_tokens}: "
+                "attention that runs twice a layer or shares keys between layers is not supported"
             )
         self.num_announced = 0
 
@@ -184,7 +184,9 @@ def _joined(first: Pending, second: Pending) -> Pending:
     mask = None
     if first.padding_mask is not None or second.padding_mask is not None:
         parts = [
-            p.key.new_ones(p.key.shape[0], p.key.shape[2], dtype=torch.bool) if p.padding_mask is None else p.padding_mask
+            p.key.new_ones(p.key.shape[0], p.key.shape[2], dtype=torch.bool)
+            if p.padding_mask is None
+            else p.padding_mask
             for p in (first, second)
         ]
         mask = torch.cat(parts, dim=1)

@@ -68,7 +68,7 @@ def effattn_attention(
     device = query.device.type
     dtype = _common_dtype(query, key, value)
     with torch.autocast(device, enabled=False):
-        output = module.effattn(
+        output = module.effattn(  # type: ignore[operator]
             query.to(dtype),
             key.to(dtype),
             value.to(dtype),
@@ -98,6 +98,6 @@ def _refuse(module: nn.Module, is_causal: bool | None, output_attentions: bool |
     for name, given in kwargs.items():
         if given is not None and name not in HARMLESS:
             raise ValueError(
-                f"layer {getattr(module, 'layer_idx', '?')} was called with {name}={type(given).__name__}, which changes "
-                f"attention in a way converted layers do not support (they know {', '.join(sorted(HARMLESS))})"
+                f"layer {getattr(module, 'layer_idx', '?')} was called with {name}={type(given).__name__}, which "
+                f"changes attention in a way converted layers do not support (they know {', '.join(sorted(HARMLESS))})"
             )

@@ -73,7 +73,7 @@ def own_layer(cache: Cache, index: int) -> EffAttnCacheLayer:
         cache.layers.append(cache.layer_class_to_replicate())
     if index >= len(cache.layers):
         raise ValueError(f"the cache has {len(cache.layers)} layers, the model asks for layer {index}")
-    layer = cache.layers[index]
+    layer: Any = cache.layers[index]
     if isinstance(layer, EffAttnCacheLayer):
         return layer
     if type(layer) is not DynamicLayer or layer.get_seq_length():

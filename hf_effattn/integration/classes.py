@@ -11,7 +11,7 @@ import copy
 import json
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -80,7 +80,7 @@ class EffAttnModelMixin:
     config: Any
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         if _build is not None and getattr(config, "effattn", None):
             _build(self)  # type: ignore[arg-type]
 
@@ -124,7 +124,7 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return the converted twin of a model class."""
     name = PREFIX + base.__name__
     if name not in _classes:
-        twin = config_class(base.config_class)
+        twin = config_class(base.config_class)  # type: ignore[arg-type]
         namespace = {
             "__module__": __name__,
             "__doc__": base.__doc__,
@@ -146,7 +146,7 @@ def __getattr__(name: str) -> type:
     base = getattr(transformers, name[len(PREFIX) :], None) if name.startswith(PREFIX) else None
     if not isinstance(base, type):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return config_class(base) if issubclass(base, PreTrainedConfig) else model_class(base)
+    return config_class(base) if issubclass(base, PreTrainedConfig) else model_class(cast(type[PreTrainedModel], base))
 
 
 def become_converted(model: PreTrainedModel) -> None:
@@ -198,7 +198,7 @@ def register_models(twin: type[PreTrainedConfig]) -> None:
     """Register the converted twins of all model classes of a family with transformers' and PEFT's tables, once."""
     if twin.__dict__.get("_models_registered") or twin.__name__ not in _classes:
         return
-    twin._models_registered = True
+    twin._models_registered = True  # type: ignore[attr-defined]
     base = original_class(twin)
     for auto in vars(modeling_auto).values():
         if not (isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass)):
@@ -209,7 +209,7 @@ def register_models(twin: type[PreTrainedConfig]) -> None:
         head = mapping[base]
         if isinstance(head, type) and getattr(head, "config_class", None) is base:
             auto.register(twin, model_class(head), exist_ok=True)
-    _register_with_peft(base.model_type, twin.model_type)
+    _register_with_peft(base.model_type, twin.model_type)  # type: ignore[attr-defined]
 
 
 def _register_with_peft(model_type: str, twin_type: str) -> None:

@@ -36,7 +36,7 @@ def effattn_mask(
         end = int(q_offset) + q_length
         if attention_mask.shape[1] < end:
             raise ValueError(
-                f"attention_mask covers {attention_mask.shape[1]} tokens, but {int(q_offset)} tokens are in the cache and "
+                f"attention_mask covers {attention_mask.shape[1]} tokens, but {int(q_offset)} are in the cache and "
                 f"{q_length} are new: it must cover all {end}"
             )
         new = attention_mask[:, int(q_offset) : end].bool()

@@ -29,5 +29,5 @@ def check_positions(embedding: nn.Module, args: tuple[Any, ...]) -> None:
     if last >= learned:  # type: ignore[operator]
         raise ValueError(
             f"position {last} is beyond the {learned} learned positions of this model: converted attention needs no KV "
-            f"cache, but the model cannot place tokens after {learned}. Shorten or cut the text (prompt plus new tokens)"
+            f"cache, but the model cannot place tokens after {learned}. Shorten the text (prompt plus new tokens)"
         )

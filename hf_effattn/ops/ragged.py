@@ -15,21 +15,21 @@ class Rows(NamedTuple):
     """A regrouping of the tokens of a batch.
 
     Args:
-        index: For each new row and slot the token `b·T + t` it takes, `[rows, slots]`.
+        source: For each new row and slot the token `b·T + t` it takes, `[rows, slots]`.
         lengths: Real tokens of each new row `[rows]`; slots behind them hold padding (any token).
     """
 
-    index: torch.Tensor
+    source: torch.Tensor
     lengths: torch.Tensor
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """Take `[B, H, T, X]` to `[rows, H, slots, X]`."""
-        return x.transpose(1, 2).flatten(0, 1)[self.index].transpose(1, 2)
+        return x.transpose(1, 2).flatten(0, 1)[self.source].transpose(1, 2)
 
     def scatter(self, rows: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Put the real tokens of `rows` `[rows, H, slots, X]` where they came from in `output` `[B·T, H, X]`."""
-        real = torch.arange(self.index.shape[1], device=self.index.device) < self.lengths[:, None]
-        return output.index_put((self.index[real],), rows.transpose(1, 2)[real])
+        real = torch.arange(self.source.shape[1], device=self.source.device) < self.lengths[:, None]
+        return output.index_put((self.source[real],), rows.transpose(1, 2)[real])
 
 
 def front(padding_mask: torch.Tensor) -> Rows:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import MaskMod, Pattern, Retention, register_pattern, whole_number
+from .base import Band, Pattern, Retention, register_pattern, whole_number
 
 
 @register_pattern("dilated")
@@ -13,5 +13,8 @@ def dilated(window: int, stride: int) -> Pattern:
     whole_number("stride", stride, 1)
     reach = window * stride
 
-    mask_mod: MaskMod = lambda b, h, q, k: (k <= q) & (q - k < reach) & ((q - k) % stride == 0)  # noqa: E731
-    return Pattern(mask_mod, Retention(reach - stride + 1), Band(window) if stride == 1 else None)
+    return Pattern(
+        lambda b, h, q, k: (k <= q) & (q - k < reach) & ((q - k) % stride == 0),
+        Retention(reach - stride + 1),
+        Band(window) if stride == 1 else None,
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Band, MaskMod, Pattern, Retention, register_pattern, whole_number
+from .base import Band, Pattern, Retention, register_pattern, whole_number
 
 
 @register_pattern("sinks")
@@ -13,5 +13,6 @@ def sinks(num_sinks: int = 4) -> Pattern:
     """
     whole_number("num_sinks", num_sinks, 0)
 
-    mask_mod: MaskMod = lambda b, h, q, k: (k <= q) & (k < num_sinks)  # noqa: E731
-    return Pattern(mask_mod, Retention(0, frozenset(range(num_sinks))), Band(0, num_sinks))
+    return Pattern(
+        lambda b, h, q, k: (k <= q) & (k < num_sinks), Retention(0, frozenset(range(num_sinks))), Band(0, num_sinks)
+    )

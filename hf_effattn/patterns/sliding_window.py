@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import Band, MaskMod, Pattern, Retention, register_pattern, whole_number
+from .base import Band, Pattern, Retention, register_pattern, whole_number
 
 
 @register_pattern("sliding_window")
@@ -10,5 +10,4 @@ def sliding_window(window: int) -> Pattern:
     """The last `window` keys, the query's own included: `i − j < window` (Longformer, arXiv 2004.05150)."""
     whole_number("window", window, 1)
 
-    mask_mod: MaskMod = lambda b, h, q, k: (k <= q) & (q - k < window)  # noqa: E731
-    return Pattern(mask_mod, Retention(window), Band(window))
+    return Pattern(lambda b, h, q, k: (k <= q) & (q - k < window), Retention(window), Band(window))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import MaskMod, Pattern, Retention, register_pattern, whole_number
+from .base import Pattern, Retention, register_pattern, whole_number
 
 
 @register_pattern("strided")
@@ -11,5 +11,4 @@ def strided(stride: int) -> Pattern:
     (Sparse Transformer, Child 2019, arXiv 1904.10509). Any key may be hit again, so a cache keeps them all."""
     whole_number("stride", stride, 1)
 
-    mask_mod: MaskMod = lambda b, h, q, k: (k <= q) & ((q - k < stride) | ((q - k) % stride == 0))  # noqa: E731
-    return Pattern(mask_mod, Retention())
+    return Pattern(lambda b, h, q, k: (k <= q) & ((q - k < stride) | ((q - k) % stride == 0)), Retention())

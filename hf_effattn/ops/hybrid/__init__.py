@@ -51,7 +51,9 @@ def hybrid_attention(
     check_heads(query, stream.key, stream.value, "D")
     past = stream.key.shape[2] - query.shape[2]
     if past not in (0, options.window):
-        raise ValueError(f"the stream must begin 0 or window = {options.window} keys before the first query; got {past}")
+        raise ValueError(
+            f"the stream must begin 0 or window = {options.window} keys before the first query; got {past}"
+        )
     backend = "chunked" if backend == "auto" else backend
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; valid: auto, {', '.join(BACKENDS)}")

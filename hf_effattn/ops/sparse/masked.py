@@ -43,7 +43,7 @@ def attend(
     scale: float,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Softmax attention of grouped heads under `mask`: booleans, or additive in the dtype of the query; None for all."""
+    """Softmax attention of grouped heads under `mask` (boolean, or additive in the query's dtype; None for all)."""
     return functional.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, scale=scale, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1]
     )

@@ -1,4 +1,4 @@
-"""The definition of sparse attention, with the whole T×S matrix in float64: slow on purpose, the oracle of the tests."""
+"""The definition of sparse attention, with T×S matrices in float64: slow on purpose, the oracle of the tests."""
 
 from __future__ import annotations
 
