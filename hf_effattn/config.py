@@ -50,7 +50,8 @@ class LinearConfig(MechanismConfig):
         feature_map: Name of the feature map φ.
         window: Visible keys of the softmax window, the query's own included; 0 for none. Keys that leave the window
             enter the linear state.
-        num_sinks: First tokens of each row that stay in the softmax branch for good; needs a window.
+        num_sinks: First tokens of each row that stay in the softmax branch for good; needs a window. None for 4 with
+            a window, and none without.
         chunk_size: Tokens of one chunk of the parallel form. It changes speed and rounding, nothing else.
         backend: "auto", "chunked", or "reference" (slow and quadratic: for tests).
     """
@@ -60,13 +61,15 @@ class LinearConfig(MechanismConfig):
 
     feature_map: str = "hedgehog"
     window: int = 64
-    num_sinks: int = 4
+    num_sinks: int | None = None
     chunk_size: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
         FEATURE_MAPS.get(self.feature_map)
         whole_number("window", self.window, 0)
+        if self.num_sinks is None:
+            object.__setattr__(self, "num_sinks", 4 if self.window else 0)
         whole_number("num_sinks", self.num_sinks, 0)
         whole_number("chunk_size", self.chunk_size, 1)
         if self.num_sinks and not self.window:

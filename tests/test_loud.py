@@ -27,7 +27,7 @@ IDS = tokens(2, 20)
         (("linear",), {"feature_map": "gelu"}, ValueError, "valid: elu, hedgehog, relu"),
         (("linear",), {"window": -1}, ValueError, "window must be at least 0"),
         (("linear",), {"window": 4.0}, TypeError, "window must be an integer"),
-        (("linear",), {"window": 0}, ValueError, "num_sinks=4 needs a softmax window"),
+        (("linear",), {"window": 0, "num_sinks": 4}, ValueError, "num_sinks=4 needs a softmax window"),
         (("linear",), {"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
         (("linear",), {"backend": "triton"}, ValueError, "valid: auto, chunked, reference"),
         (("linear",), {"pattern": "streaming"}, ValueError, "unknown option 'pattern' of linear"),

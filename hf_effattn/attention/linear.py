@@ -46,10 +46,11 @@ class LinearAttention(Mechanism):
 
     def __init__(self, config: LinearConfig, geometry: HeadGeometry) -> None:
         super().__init__(config, geometry)
+        self.num_sinks = config.num_sinks or 0
         feature_map = FEATURE_MAPS.get(config.feature_map)
         self.query_map = feature_map(geometry.head_dim, geometry.num_heads)
         self.key_map = feature_map(geometry.head_dim, geometry.num_kv_heads)
-        self.store = KeyValueStore(Retention(config.window, frozenset(range(config.num_sinks))))
+        self.store = KeyValueStore(Retention(config.window, frozenset(range(self.num_sinks))))
         self.bias = nn.Parameter(torch.full((geometry.num_heads,), BIAS_START)) if config.window else None
 
     def attend(
@@ -71,7 +72,7 @@ class LinearAttention(Mechanism):
         return self._attend_hybrid(state, query, key, value, call)
 
     def num_visible(self, context_length: int) -> int:
-        return min(context_length, self.config.window + self.config.num_sinks)
+        return min(context_length, self.config.window + self.num_sinks)
 
     def cache_bytes(self, context_length: int, dtype: torch.dtype) -> int:
         g, features = self.geometry, self.key_map.feature_dim
@@ -92,7 +93,7 @@ class LinearAttention(Mechanism):
 
     def describe(self) -> str:
         c = self.config
-        return f"linear {c.feature_map}(window={c.window}, num_sinks={c.num_sinks})"
+        return f"linear {c.feature_map}(window={c.window}, num_sinks={self.num_sinks})"
 
     def reset_parameters(self) -> None:
         if self.bias is not None:
@@ -101,7 +102,9 @@ class LinearAttention(Mechanism):
     def _options(self, call: Call) -> HybridOptions:
         assert self.bias is not None
         c = self.config
-        return HybridOptions(self.query_map, self.key_map, self.bias, c.window, c.num_sinks, call.scale, c.chunk_size)
+        return HybridOptions(
+            self.query_map, self.key_map, self.bias, c.window, self.num_sinks, call.scale, c.chunk_size
+        )
 
     def _attend_linear(
         self, state: LinearState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call

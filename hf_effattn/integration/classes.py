@@ -185,7 +185,8 @@ def _swap(model: PreTrainedModel, old: Any, new: Any, twin: Callable[[Any], Any]
         if isinstance(module, PreTrainedModel):
             if (twin is model_class) != isinstance(module, EffAttnModelMixin):
                 module.__class__ = twin(type(module))
-            _CAN_RECORD_REGISTRY[module] = module._can_record_outputs  # keyed by class
+            # Kept by the name of the class. Releases differ in what they take as key, so the dict is written directly.
+            dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(module)), module._can_record_outputs)
 
 
 def register_config(base: type[PreTrainedConfig]) -> None:
