@@ -95,7 +95,7 @@ def measure(
 def table(results: dict[str, dict[str, Any]], length: int) -> Table:
     dense, held = results["dense"], "cache_bytes_at_length"
     shown = Table(title=f"{length:,} tokens, perplexity of the last {min(1024, length // 2):,}")
-    for column in ("attention", "perplexity", "cache", "prefill tok/s", "decode tok/s"):
+    for column in ("attention", "perplexity", "cache", "prefill t/s", "decode t/s"):
         shown.add_column(column, justify="left" if column == "attention" else "right", no_wrap=True)
     for name, r in results.items():
         shown.add_row(
