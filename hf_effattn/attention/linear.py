@@ -146,8 +146,9 @@ class LinearAttention(Mechanism):
         leaving = self.store.leaving(state.window)
         if leaving is not None:
             old_key, old_value, valid = leaving
-            valid = valid if call.lengths is None else valid & (call.lengths > 0)
-            features = self.key_map(old_key) * valid[:, None, None, None].to(old_key.dtype)
+            features = self.key_map(old_key)
+            for counts in (valid, None if call.lengths is None else call.lengths > 0):
+                features = features if counts is None else features * counts[:, None, None, None]
             linear = recurrent.step(features, old_value, linear)
         window = self.store.append(state.window, key, value, call.lengths, call.in_place)
         full = window.least - self.store.num_leading >= self.config.window

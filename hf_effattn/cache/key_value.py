@@ -90,15 +90,17 @@ class KeyValueStore:
         )
         return KeyValueState(keys, values, wanted, num_tokens, least, state.most + tokens)
 
-    def leaving(self, state: KeyValueState) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """Return key, value `[B, G, 1, ·]` and validity `[B]` of what the next token of each row will overwrite.
-
-        None if it is known that nothing will be.
+    def leaving(self, state: KeyValueState) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+        """Return key and value `[B, G, 1, ·]` of what the next token of each row will overwrite, and in which rows it
+        will overwrite something `[B]` (None: in all). None altogether if it is known that nothing will be.
         """
         if self.window is None or state.most - self.window < self.num_leading:
             return None
-        slot = self._ring_slot(state.num_tokens).clamp(max=state.keys.shape[2] - 1)
-        index = slot[:, None, None, None]
+        if state.least == state.most:
+            slot = len(self.pinned) + (state.most - self.num_leading) % self.window
+            return state.keys[:, :, slot : slot + 1], state.values[:, :, slot : slot + 1], None
+        slots = self._ring_slot(state.num_tokens).clamp(max=state.keys.shape[2] - 1)
+        index = slots[:, None, None, None]
         valid = state.num_tokens - self.window >= self.num_leading
         return _gather(state.keys, index), _gather(state.values, index), valid
 

@@ -17,7 +17,7 @@ from ..linear.chunked import fold, linear_segment, segments, unfold, with_ones
 from ..linear.state import joined, split
 from ..sparse.masked import attend_causal
 from ..stream import Stream
-from .merge import merge
+from .merge import linear_logit, linear_value
 from .options import HybridOptions
 
 
@@ -41,7 +41,6 @@ def hybrid_attention(
         real = None if plain else stream.positions(low, low + options.window + length) >= options.num_sinks
         q = query[:, :, start:end]
         folded = fold(q.to(dtype), kv_heads, chunk, length)
-        near = _window(folded, key.to(dtype), value.to(dtype), stream, real, past + start, options)
         features = options.key_map(key[:, :, :length]).to(dtype)
         arrived = _arrived(real, lengths, start, length, end - start)
         if arrived is not None:
@@ -52,7 +51,7 @@ def hybrid_attention(
             fold(with_ones(value[:, :, :length].to(dtype)), kv_heads, chunk, length),
             carry,
         )
-        output = _merge_parts(near, far, options.bias, batch, kv_heads, chunk)
+        output = _join(folded, key.to(dtype), value.to(dtype), far.to(carry.dtype), stream, real, past + start, options)
         output = unfold(output, kv_heads, chunk, end - start)
         collector.add(output.view(batch, heads, end - start, -1).to(query.dtype))
     return LinearOutput(collector.result(), split(carry.view(batch, kv_heads, *carry.shape[1:])))
@@ -81,50 +80,58 @@ def _arrived(
     return arrived
 
 
-def _window(
+def _join(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    far: torch.Tensor,
     stream: Stream,
     real: torch.Tensor | None,
     first: int,
     options: HybridOptions,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Softmax over window and sinks: numerator `[B·G, N, R·C, V]`, denominator and maximum `[B·G, N, R·C, 1]`.
+) -> torch.Tensor:
+    """One softmax over window, sinks and the linear past: output `[B·G, N, R·C, V]`.
 
     Args:
         query: Folded `[B·G, N, R·C, D]`.
         key, value: `[B, G, window + N·C, ·]`, from one window before the first query.
-        real: Which of these are visible at all `[B or 1, window + N·C]`; None for all.
+        far: Numerators and denominators of the linear past `[B·G, N, R·C, V+1]`, float32.
+        real: Which keys are visible at all `[B or 1, window + N·C]`; None for all.
         first: Stream index of the first query.
     """
+    batch, kv_heads, span = key.shape[0], key.shape[1], options.window + options.chunk_size
+    keys = key.unfold(2, span, options.chunk_size).flatten(0, 1)  # [B·G, N, D, W+C]
+    values = value.unfold(2, span, options.chunk_size).flatten(0, 1).transpose(2, 3)  # [B·G, N, W+C, V]
+    scores = torch.matmul(query, keys).to(far.dtype) * options.scale
+    scores = _hide(scores, batch, real, options)
+    sink_key, sink_value = stream.sinks(options.num_sinks)
+    parts = [scores, linear_logit(far[..., -1:], _folded_bias(options, batch, kv_heads, far.dtype))]
+    if sink_key.shape[2]:
+        parts.insert(1, _sink_scores(query, sink_key, stream, first, options).to(far.dtype))
+    weights = torch.cat(parts, dim=-1).softmax(dim=-1)
+    output = torch.matmul(weights[..., :span].to(query.dtype), values).to(far.dtype)
+    if sink_key.shape[2]:
+        v = sink_value.to(query.dtype).flatten(0, 1)[:, None]  # [B·G, 1, sinks, V]
+        output = output + torch.matmul(weights[..., span:-1].to(query.dtype), v)
+    return output + weights[..., -1:] * linear_value(far[..., :-1], far[..., -1:])
+
+
+def _hide(scores: torch.Tensor, batch: int, real: torch.Tensor | None, options: HybridOptions) -> torch.Tensor:
+    """Hide what is no key of its query's window, in scores `[B·G, N, R·C, W+C]`."""
     chunk, window = options.chunk_size, options.window
-    folded, chunks, rows, _ = query.shape
-    batch = key.shape[0]
-    keys = key.unfold(2, window + chunk, chunk).flatten(0, 1)  # [B·G, N, D, W+C]
-    values = value.unfold(2, window + chunk, chunk).flatten(0, 1).transpose(2, 3)  # [B·G, N, W+C, V]
-    scores = torch.matmul(query, keys).float() if query.dtype == torch.bfloat16 else torch.matmul(query, keys)
-    scores = (scores * options.scale).view(batch, -1, chunks, rows // chunk, chunk, window + chunk)
-    i = torch.arange(chunk, device=query.device)[:, None]
-    j = torch.arange(window + chunk, device=query.device)
+    folded, chunks, rows, span = scores.shape
+    i = torch.arange(chunk, device=scores.device)[:, None]
+    j = torch.arange(span, device=scores.device)
     hidden = ((j <= i) | (j > i + window))[None, None, None, None]  # [1, 1, 1, 1, C, W+C]
     if real is not None:
-        hidden = hidden | ~real.unfold(1, window + chunk, chunk)[:, None, :, None, None, :]
-    scores = scores.masked_fill(hidden, -torch.inf).view(folded, chunks, rows, -1)
-    sink_key, sink_value = stream.sinks(options.num_sinks)
-    if sink_key.shape[2]:
-        sinks = _sink_scores(query, sink_key, stream, first, options)
-        scores = torch.cat((sinks, scores), dim=-1)
-    peak = scores.detach().amax(dim=-1, keepdim=True).clamp(min=-1e30)
-    weights = (scores - peak).exp()
-    denominator = weights.sum(dim=-1, keepdim=True)
-    weights = weights.to(value.dtype)
-    split_at = sink_key.shape[2]
-    numerator = torch.matmul(weights[..., split_at:], values)
-    if split_at:
-        v = sink_value.to(value.dtype).flatten(0, 1)[:, None]  # [B·G, 1, sinks, V]
-        numerator = numerator + torch.matmul(weights[..., :split_at], v)
-    return numerator, denominator, peak
+        hidden = hidden | ~real.unfold(1, span, chunk)[:, None, :, None, None, :]
+    return scores.view(batch, -1, chunks, rows // chunk, chunk, span).masked_fill(hidden, -torch.inf).view_as(scores)
+
+
+def _folded_bias(options: HybridOptions, batch: int, kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """The bias of each folded row, `[B·G, 1, R·C, 1]`."""
+    rows = options.bias.to(dtype).view(kv_heads, -1).repeat_interleave(options.chunk_size, dim=1)
+    return rows.repeat(batch, 1)[:, None, :, None]
 
 
 def _sink_scores(
@@ -134,27 +141,9 @@ def _sink_scores(
     folded, chunks, rows, _ = query.shape
     chunk, num_sinks = options.chunk_size, sink_key.shape[2]
     scores = torch.matmul(query, sink_key.to(query.dtype).flatten(0, 1)[:, None].transpose(2, 3)) * options.scale
-    if query.dtype == torch.bfloat16:
-        scores = scores.float()
     if stream.least + first >= num_sinks:
         return scores
     positions = stream.positions(first, first + chunks * chunk).view(-1, 1, chunks, 1, chunk, 1)
     early = torch.arange(num_sinks, device=query.device) > positions
     scores = scores.view(sink_key.shape[0], -1, chunks, rows // chunk, chunk, num_sinks)
     return scores.masked_fill(early, -torch.inf).view(folded, chunks, rows, num_sinks)
-
-
-def _merge_parts(
-    near: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    far: torch.Tensor,
-    bias: torch.Tensor,
-    batch: int,
-    kv_heads: int,
-    chunk: int,
-) -> torch.Tensor:
-    """Merge both parts of a segment, folded `[B·G, N, R·C, ·]`."""
-    wide = near[1].dtype
-    rows = bias.to(wide).view(kv_heads, -1).repeat_interleave(chunk, dim=1)  # [G, R·C]
-    rows = rows.repeat(batch, 1)[:, None, :, None]  # [B·G, 1, R·C, 1]
-    numerator, denominator, peak = near
-    return merge(numerator.to(wide), denominator, peak, far[..., :-1].to(wide), far[..., -1:].to(wide), rows)

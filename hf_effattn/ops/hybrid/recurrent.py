@@ -6,7 +6,7 @@ import torch
 
 from ..linear import LinearState
 from ..linear.recurrent import read
-from .merge import merge
+from .merge import linear_logit, linear_value
 from .options import HybridOptions
 
 
@@ -33,12 +33,9 @@ def step(
     scores = torch.matmul(q, keys.transpose(2, 3)).to(wide) * options.scale  # [B, G, R, S]
     if visible is not None:
         scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
-    peak = scores.detach().amax(dim=-1, keepdim=True).clamp(min=-1e30)
-    weights = (scores - peak).exp()
-    denominator = weights.sum(dim=-1, keepdim=True)
-    numerator = torch.matmul(weights.to(values.dtype), values).to(wide)
-    far, mass = read(options.query_map(query), state)
-    shape = (batch, kv_heads, heads // kv_heads, -1)
-    bias = options.bias.to(wide).view(1, kv_heads, -1, 1)
-    output = merge(numerator, denominator, peak, far.view(shape), mass.view(shape), bias)
-    return output.reshape(batch, heads, 1, -1).to(query.dtype)
+    numerator, denominator = (x.view(*q.shape[:3], -1) for x in read(options.query_map(query), state))
+    logit = linear_logit(denominator, options.bias.to(wide).view(kv_heads, -1, 1))
+    weights = torch.cat((scores, logit), dim=-1).softmax(dim=-1)
+    output = torch.matmul(weights[..., :-1].to(values.dtype), values).to(wide)
+    output = output + weights[..., -1:] * linear_value(numerator, denominator)
+    return output.view(batch, heads, 1, -1).to(query.dtype)
