@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from .feature_maps import FEATURE_MAPS
 from .patterns import PATTERNS, Pattern, make_pattern, pattern_from_spec
-from .patterns.base import whole_number
+from .patterns.base import is_registered, pattern_options, whole_number
 from .registry import Registry
 
 CONFIGS: Registry[type[MechanismConfig]] = Registry("mechanism")
@@ -35,6 +36,15 @@ class MechanismConfig:
     @classmethod
     def options(cls) -> list[str]:
         return [field.name for field in fields(cls)]
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> MechanismConfig:
+        """Build from keywords, with an error that names the valid ones."""
+        unknown = [name for name in options if name not in cls.options()]
+        if unknown:
+            valid = ", ".join(cls.options())
+            raise ValueError(f"unknown option {unknown[0]!r} of {cls.mechanism} attention; valid: {valid}")
+        return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as JSON-able data; `config_from_dict` reads it."""
@@ -103,6 +113,8 @@ class SparseConfig(MechanismConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.positions is not None:
+            object.__setattr__(self, "positions", tuple(self.positions))
         pattern = self.resolve()
         if self.backend == "banded" and not (pattern.band and pattern.band.window):
             raise ValueError(
@@ -118,16 +130,27 @@ class SparseConfig(MechanismConfig):
             return make_pattern(self.pattern, given)
         if not isinstance(self.pattern, Pattern):
             raise TypeError(f"pattern must be a Pattern or one of {PATTERNS.names()}; got {self.pattern!r}")
-        if not self.pattern.spec:
+        if not is_registered(self.pattern.spec):
             raise ValueError(
-                "a pattern made by hand cannot be saved; make it in a factory under @register_pattern(name)"
+                f"{self.pattern.describe()} has a part made by hand, which cannot be saved; make patterns in a factory "
+                "under @register_pattern(name)"
             )
         if given:
             raise ValueError(f"{sorted(given)} belong to named patterns; {self.pattern.describe()} has its own")
         return self.pattern
 
     def to_dict(self) -> dict[str, Any]:
-        return {"mechanism": self.mechanism, "pattern": self.resolve().spec, "backend": self.backend}
+        return {"mechanism": self.mechanism, "pattern": copy.deepcopy(self.resolve().spec), "backend": self.backend}
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> MechanismConfig:
+        """Build from keywords; a registered pattern may have options that are no fields of this class."""
+        name = options.get("pattern", cls.pattern)
+        own = [key for key in options if key not in cls.options()]
+        if own and name in PATTERNS and set(own) <= pattern_options(name):
+            given = {key: value for key, value in options.items() if key not in ("pattern", "backend")}
+            options = {"pattern": make_pattern(name, given), "backend": options.get("backend", "auto")}
+        return super().from_options(options)
 
 
 def make_config(mechanism: str | MechanismConfig, options: dict[str, Any]) -> MechanismConfig:
@@ -141,12 +164,7 @@ def make_config(mechanism: str | MechanismConfig, options: dict[str, Any]) -> Me
         if options:
             raise ValueError(f"options {sorted(options)} cannot be joined to a config; put them into the config")
         return mechanism
-    config_class = CONFIGS.get(mechanism)
-    unknown = [name for name in options if name not in config_class.options()]
-    if unknown:
-        valid = ", ".join(config_class.options())
-        raise ValueError(f"unknown option {unknown[0]!r} of {mechanism} attention; valid: {valid}")
-    return config_class(**options)
+    return CONFIGS.get(mechanism).from_options(options)
 
 
 def config_from_dict(data: dict[str, Any]) -> MechanismConfig:

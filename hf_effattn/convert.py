@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import operator
+from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +17,7 @@ from .architectures import ARCHITECTURES, Architecture
 from .attention import HeadGeometry, Mechanism, make_mechanism
 from .config import MechanismConfig, config_from_dict, make_config
 
+logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
@@ -22,8 +25,8 @@ def convert_attention(
     model: Model,
     mechanism: str | MechanismConfig,
     *,
-    layers: Sequence[int] | None = None,
-    keep_softmax: Sequence[int] | None = None,
+    layers: Iterable[int] | None = None,
+    keep_softmax: Iterable[int] | None = None,
     **options: Any,
 ) -> Model:
     """Replace the softmax attention of a causal language model, in place, by linear or sparse attention.
@@ -51,6 +54,7 @@ def convert_attention(
     config = make_config(mechanism, options)
     chosen = _choose(len(modules), layers, keep_softmax)
     made = {index: _make(config, architecture, modules[index], model.config) for index in chosen}
+    _freeze_under_peft(model, made)
     integration.become_converted(model)
     for index, new in made.items():
         integration.attach(modules[index], new, architecture.cache_argument)
@@ -65,10 +69,11 @@ def revert_attention(model: Model) -> Model:
     Returns:
         The model itself. A model that is not converted stays as it is.
     """
+    architecture = _architecture(model)
+    modules = _attention_modules(model, architecture)
     if not getattr(model.config, "is_effattn", False):
         return model
-    architecture = _architecture(model)
-    for module in _attention_modules(model, architecture).values():
+    for module in modules.values():
         if hasattr(module, "effattn"):
             integration.detach(module, model.config)
     for embedding in _position_embeddings(model, architecture):
@@ -106,7 +111,11 @@ def _build(model: PreTrainedModel) -> None:
     """Attach mechanisms to a freshly constructed model as its config says (called before weights are loaded)."""
     architecture = _architecture(model, check=False)
     modules = _attention_modules(model, architecture)
-    specs = model.config.effattn["layers"]
+    specs, version = model.config.effattn["layers"], model.config.effattn.get("version")
+    if version != integration.FORMAT_VERSION:
+        raise ValueError(
+            f"this conversion was saved in format {version}; this hf_effattn reads format {integration.FORMAT_VERSION}"
+        )
     if len(specs) != len(modules):
         raise ValueError(f"config.effattn describes {len(specs)} layers; the model has {len(modules)}")
     integration.swap_submodels(model)
@@ -142,6 +151,14 @@ def _architecture(model: PreTrainedModel, check: bool = True) -> Architecture:
     return architecture
 
 
+def _refuse_inner_conversion(model: PreTrainedModel, modules: dict[int, nn.Module]) -> None:
+    if not getattr(model.config, "is_effattn", False) and any(hasattr(m, "effattn") for m in modules.values()):
+        raise ValueError(
+            f"an inner model of this {type(model).__name__} was converted by itself, which saving the outer one would "
+            "lose: call revert_attention() on the inner model and convert the outer one"
+        )
+
+
 def _refuse_offloaded(model: PreTrainedModel) -> None:
     offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     hooked = any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in model.modules())
@@ -160,25 +177,34 @@ def _attention_modules(model: PreTrainedModel, architecture: Architecture) -> di
             f"expected one self-attention module {architecture.attention!r} in each of the "
             f"{model.config.num_hidden_layers} layers of {type(model).__name__}; found {sorted(modules)}"
         )
+    _refuse_inner_conversion(model, modules)
     return modules
 
 
-def _choose(number: int, layers: Sequence[int] | None, keep_softmax: Sequence[int] | None) -> list[int]:
+def _choose(number: int, layers: Iterable[int] | None, keep_softmax: Iterable[int] | None) -> list[int]:
     if layers is not None and keep_softmax is not None:
         raise ValueError("give layers= or keep_softmax=, not both")
     if layers is not None:
-        return _indices("layers", number, layers)
-    kept = _indices("keep_softmax", number, keep_softmax or [])
-    return [index for index in range(number) if index not in kept]
+        chosen = _indices("layers", number, layers)
+    else:
+        kept = _indices("keep_softmax", number, keep_softmax or [])
+        chosen = [index for index in range(number) if index not in kept]
+    if not chosen:
+        raise ValueError("no layer is left to convert; check layers= and keep_softmax=")
+    return chosen
 
 
-def _indices(name: str, number: int, given: Sequence[int]) -> list[int]:
-    if isinstance(given, (int, str)) or not all(isinstance(i, int) and not isinstance(i, bool) for i in given):
+def _indices(name: str, number: int, given: Iterable[int]) -> list[int]:
+    try:
+        indices = [operator.index(index) for index in given if not isinstance(index, bool)]
+    except TypeError:
+        indices = None
+    if indices is None or isinstance(given, str):
         raise TypeError(f"{name} must be a list of layer indices; got {given!r}")
-    wrong = [index for index in given if not -number <= index < number]
+    wrong = [index for index in indices if not -number <= index < number]
     if wrong:
         raise ValueError(f"{name} names layer {wrong[0]}; valid: 0 to {number - 1} (or −{number} to −1)")
-    return sorted({index % number for index in given})
+    return sorted({index % number for index in indices})
 
 
 def _make(config: MechanismConfig, architecture: Architecture, module: nn.Module, model_config: Any) -> Mechanism:
@@ -190,6 +216,19 @@ def _make(config: MechanismConfig, architecture: Architecture, module: nn.Module
     if parameters[0].is_meta:
         return mechanism.to(dtype=dtype)
     return mechanism.to(device=parameters[0].device, dtype=dtype)
+
+
+def _freeze_under_peft(model: PreTrainedModel, made: dict[int, Mechanism]) -> None:
+    """Freeze new parameters that a PEFT adapter around the model would train but not save."""
+    adapted = any("lora_" in name or ".base_layer." in name for name, _ in model.named_parameters())
+    if not adapted or not any(True for mechanism in made.values() for _ in mechanism.parameters()):
+        return
+    for mechanism in made.values():
+        mechanism.requires_grad_(False)
+    logger.warning(
+        "The model carries a PEFT adapter, which would not save the new parameters of converted layers, so these are "
+        'frozen. To train them, convert first and pass modules_to_save=["effattn"] to the PEFT config.'
+    )
 
 
 def _position_embeddings(model: PreTrainedModel, architecture: Architecture) -> list[nn.Module]:

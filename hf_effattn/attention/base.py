@@ -137,8 +137,7 @@ class Mechanism(nn.Module):
     ) -> torch.Tensor:
         mask = None if segment_ids is None else segment_ids > 0
         state = cache_layer.past(lambda state, tokens: self._advance(state, tokens, call.scale))
-        keeps_graph = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-        call = call._replace(in_place=not (cache_layer.record_past or keeps_graph))
+        call = call._replace(in_place=not (cache_layer.record_past or torch.is_grad_enabled()))
         if mask is None:
             output, state = self.attend(state, query, key, value, call)
         else:

@@ -67,6 +67,7 @@ class LinearAttention(Mechanism):
             state = HybridState(linear, self.store.empty(key, value)) if self.config.window else linear
         if isinstance(state, LinearState):
             return self._attend_linear(state, query, key, value, call)
+        state = state._replace(window=self.store.matching(state.window, key))
         if query.shape[2] == 1 and self.backend() != "reference":
             return self._attend_one(state, query, key, value, call)
         return self._attend_hybrid(state, query, key, value, call)

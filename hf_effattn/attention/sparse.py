@@ -29,7 +29,7 @@ class SparseAttention(Mechanism):
     def attend(
         self, state: KeyValueState | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, KeyValueState]:
-        state = self.store.empty(key, value) if state is None else state
+        state = self.store.empty(key, value) if state is None else self.store.matching(state, key)
         backend = self.backend()
         if query.shape[2] == 1 and backend != "reference":
             state = self.store.append(state, key, value, call.lengths, call.in_place)

@@ -59,6 +59,12 @@ class KeyValueStore:
         positions = torch.zeros(batch, 0, dtype=torch.int64, device=key.device)
         return KeyValueState(key[:, :, :0], value[:, :, :0], positions, positions.new_zeros(batch), 0, 0)
 
+    def matching(self, state: KeyValueState, key: torch.Tensor) -> KeyValueState:
+        """Return `state` in the dtype of `key`, which autocast may have changed since."""
+        if state.keys.dtype == key.dtype:
+            return state
+        return state._replace(keys=state.keys.to(key.dtype), values=state.values.to(key.dtype))
+
     def append(
         self,
         state: KeyValueState,
@@ -74,6 +80,7 @@ class KeyValueStore:
             in_place: Whether the tensors of `state` may be overwritten.
         """
         tokens = key.shape[2]
+        in_place = in_place and (not state.keys.is_inference() or torch.is_inference_mode_enabled())
         if tokens == 1 and lengths is None and in_place and state.least > self._last_pinned:
             return self._append_one(state, key, value)
         added = key.new_full((key.shape[0],), tokens, dtype=torch.int64) if lengths is None else lengths

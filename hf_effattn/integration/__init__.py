@@ -8,11 +8,20 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TY
 from ..cache import EffAttnCacheLayer
 from .attention import NAME, effattn_attention
 from .binding import attach, detach, is_attached
-from .classes import LAYER_TYPE, become_converted, become_original, register_config, set_builder, swap_submodels
+from .classes import (
+    FORMAT_VERSION,
+    LAYER_TYPE,
+    become_converted,
+    become_original,
+    register_config,
+    set_builder,
+    swap_submodels,
+)
 from .masks import effattn_mask
 from .positions import guard_positions, unguard_positions
 
 __all__ = [
+    "FORMAT_VERSION",
     "NAME",
     "attach",
     "become_converted",

@@ -56,6 +56,8 @@ def effattn_attention(
     Raises:
         ValueError: for anything that cannot be honoured.
     """
+    if not hasattr(module, "effattn"):
+        raise ValueError(f"attn_implementation {NAME!r} is set by model.convert_attention(...), not by name")
     _refuse(module, is_causal, output_attentions, kwargs)
     num_tokens = query.shape[2]
     num_seen = 0

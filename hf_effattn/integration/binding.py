@@ -94,7 +94,7 @@ def _refuse_packing(kwargs: dict[str, Any]) -> None:
         return
     if torch.compiler.is_compiling():
         return
-    if bool((positions.diff(dim=-1) < 0).any()):
+    if bool((positions.diff(dim=-1) <= 0).any()):
         raise ValueError(
             "position_ids restart within a row, so documents are packed; with a cache they would see each other. "
             "Pass use_cache=False"

@@ -2,19 +2,18 @@
 
 Each is a subclass of transformers' own with `model_type = "effattn_<base>"` and a field `effattn` that says what each
 layer became. So a saved conversion loads converted through every Auto class, and fails loudly without this package.
-The classes are attributes of this module: that is where pickle finds them.
 """
 
 from __future__ import annotations
 
 import copy
+import copyreg
 import json
 import os
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -24,9 +23,10 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 PREFIX = "EffAttn"
 TYPE_PREFIX = "effattn_"
 LAYER_TYPE = "effattn"  # registered with transformers' caches; stands in the view of a config that caches are made from
+FORMAT_VERSION = 1  # of the config's field `effattn`
 GUARD = "hf_effattn"  # stands for every layer type in config.json, so that plain classes refuse the file
 
-_classes: dict[str, type] = {}
+_twins: dict[type, type] = {}
 _build: Callable[[PreTrainedModel], None] | None = None
 
 
@@ -106,24 +106,33 @@ class EffAttnModelMixin:
         return (model, info) if wants_info else model
 
 
+class TwinType(type):
+    """The type of converted classes: pickle finds them through the class they are made of, not by their name."""
+
+
+copyreg.pickle(TwinType, lambda twin: (_twin_of, (original_class(twin),)))  # type: ignore[arg-type]
+
+
+def _twin_of(base: type) -> type:
+    return config_class(base) if issubclass(base, PreTrainedConfig) else model_class(base)
+
+
 def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """Return the converted twin of a config class."""
-    name = PREFIX + base.__name__
-    if name not in _classes:
+    if base not in _twins:
         namespace = {
             "__module__": __name__,
             "__annotations__": {"effattn": "dict | None"},
             "model_type": TYPE_PREFIX + base.model_type,
             "effattn": None,
         }
-        _classes[name] = type(name, (EffAttnConfigMixin, base), namespace)
-    return _classes[name]
+        _twins[base] = TwinType(PREFIX + base.__name__, (EffAttnConfigMixin, base), namespace)
+    return _twins[base]
 
 
 def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """Return the converted twin of a model class."""
-    name = PREFIX + base.__name__
-    if name not in _classes:
+    if base not in _twins:
         twin = config_class(base.config_class)  # type: ignore[arg-type]
         namespace = {
             "__module__": __name__,
@@ -132,21 +141,13 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
             "config_class": twin,
             "_can_set_attn_implementation_cached_value": base._can_set_attn_implementation(),
         }
-        _classes[name] = type(name, (EffAttnModelMixin, base), namespace)
-    return _classes[name]
+        _twins[base] = TwinType(PREFIX + base.__name__, (EffAttnModelMixin, base), namespace)
+    return _twins[base]
 
 
 def original_class(twin: type) -> type:
     """Return the class whose twin this is, or the class itself."""
-    return twin.__mro__[2] if twin.__name__ in _classes else twin
-
-
-def __getattr__(name: str) -> type:
-    """Find `EffAttnX` for unpickling in a process that has not made it yet."""
-    base = getattr(transformers, name[len(PREFIX) :], None) if name.startswith(PREFIX) else None
-    if not isinstance(base, type):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return config_class(base) if issubclass(base, PreTrainedConfig) else model_class(cast(type[PreTrainedModel], base))
+    return twin.__mro__[2] if isinstance(twin, TwinType) else twin
 
 
 def become_converted(model: PreTrainedModel) -> None:
@@ -157,7 +158,7 @@ def become_converted(model: PreTrainedModel) -> None:
         return
     new = copy.deepcopy(old)
     new.__class__ = config_class(type(old))
-    new.effattn = {"version": 1, "layers": [None] * old.num_hidden_layers}
+    new.effattn = {"version": FORMAT_VERSION, "layers": [None] * old.num_hidden_layers}
     register_models(type(new))
     _swap(model, old, new, model_class)
 
@@ -197,7 +198,7 @@ def register_config(base: type[PreTrainedConfig]) -> None:
 
 def register_models(twin: type[PreTrainedConfig]) -> None:
     """Register the converted twins of all model classes of a family with transformers' and PEFT's tables, once."""
-    if twin.__dict__.get("_models_registered") or twin.__name__ not in _classes:
+    if "_models_registered" in twin.__dict__ or not isinstance(twin, TwinType):
         return
     twin._models_registered = True  # type: ignore[attr-defined]
     base = original_class(twin)

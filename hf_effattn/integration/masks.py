@@ -91,7 +91,14 @@ def _from_full_mask(mask: torch.Tensor, num_tokens: int, num_seen: int) -> torch
             raise ValueError("attention_mask has values other than 0 and minus infinity: biases are not supported")
         visible = mask == 0
     visible = visible[:, 0]  # [B, T, S]
-    new = visible[:, :, num_seen : num_seen + num_tokens]
+    # Where no layer is softmax, our caches make transformers leave out the past; static caches add columns at the end.
+    num_past = 0 if visible.shape[2] == num_tokens else num_seen
+    new = visible[:, :, num_past : num_past + num_tokens]
+    if new.shape[2] != num_tokens:
+        raise ValueError(
+            f"attention_mask of shape {list(mask.shape)} fits neither the {num_tokens} new tokens nor these and the "
+            f"{num_seen} in the cache"
+        )
     real = new.diagonal(dim1=1, dim2=2)  # [B, T]
     index = torch.arange(num_tokens, device=mask.device)
     if num_seen:  # the one document that a cache holds goes on
@@ -103,7 +110,7 @@ def _from_full_mask(mask: torch.Tensor, num_tokens: int, num_seen: int) -> torch
         segment_ids = (real & ~sees_before).long().cumsum(dim=1) * real
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     expected = same & real[:, None, :] & (index[:, None] >= index)
-    past = visible[:, :, :num_seen]
+    past = visible[:, :, :num_past]
     agree = (new == expected).all(dim=2) & (past == past[:, -1:]).all(dim=2)
     if not bool((agree | ~real).all()):
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +81,7 @@ class Pattern:
     mask_mod: MaskMod = field(compare=False, repr=False)
     retention: Retention = field(default_factory=Retention)
     band: Band | None = None
-    spec: dict[str, Any] = field(default_factory=dict)
+    spec: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __or__(self, other: Pattern) -> Pattern:
         first, second = self.mask_mod, other.mask_mod
@@ -147,7 +147,10 @@ def register_pattern(name: str) -> Callable[[Factory], Factory]:
         def make(*args: Any, **options: Any) -> Pattern:
             bound = signature.bind(*args, **options)
             bound.apply_defaults()
-            made = factory(*args, **options)
+            for key, value in bound.arguments.items():
+                if isinstance(value, Iterable) and not isinstance(value, str):
+                    bound.arguments[key] = tuple(value)
+            made = factory(*bound.args, **bound.kwargs)
             values = {key: list(v) if isinstance(v, tuple) else v for key, v in bound.arguments.items()}
             return Pattern(made.mask_mod, made.retention, made.band, {"name": name, **values})
 
@@ -165,6 +168,17 @@ def pattern_from_spec(spec: dict[str, Any]) -> Pattern:
         raise ValueError(f"a pattern spec has a 'name' (one of {PATTERNS.names()}), 'any' or 'all'; got {spec!r}")
     options = {key: value for key, value in spec.items() if key != "name"}
     return make_pattern(spec["name"], options)
+
+
+def is_registered(spec: dict[str, Any]) -> bool:
+    """Whether `pattern_from_spec` can build what `spec` describes: no part of it was made outside a factory."""
+    parts = spec.get("any") or spec.get("all")
+    return all(is_registered(part) for part in parts) if parts else spec.get("name") in PATTERNS
+
+
+def pattern_options(name: str) -> set[str]:
+    """Return the names of the options that the pattern `name` has."""
+    return set(inspect.signature(PATTERNS.get(name)).parameters)
 
 
 def make_pattern(name: str, options: dict[str, Any]) -> Pattern:

@@ -13,7 +13,8 @@ from .base import Pattern, Retention, register_pattern, whole_number
 def global_tokens(positions: Iterable[int] = (0,)) -> Pattern:
     """Chosen positions that everybody sees and that see everything before them (Longformer, arXiv 2004.05150).
 
-    A query at a global position sees its whole past, so a cache keeps that past until the last global position.
+    A query at a global position sees its whole past, so a cache keeps, besides the global tokens, a window that reaches
+    back from the last of them to the start; for now it keeps the window after that, too.
 
     Args:
         positions: The global positions, counted from the first real token of each row.

@@ -42,9 +42,11 @@ def hybrid_attention(
         q = query[:, :, start:end]
         folded = fold(q.to(dtype), kv_heads, chunk, length)
         features = options.key_map(key[:, :, :length]).to(dtype)
-        arrived = _arrived(real, lengths, start, length, end - start)
+        arrived = _arrived(real, lengths, start, length)
         if arrived is not None:
             features = features * arrived[:, None, :, None].to(dtype)
+        if end - start < length:  # what stands behind the last token's far key is none
+            features = functional.pad(features[:, :, : end - start], (0, 0, 0, length - (end - start)))
         far, carry = linear_segment(
             fold(options.query_map(q).to(dtype), kv_heads, chunk, length),
             fold(features, kv_heads, chunk, length),
@@ -53,7 +55,7 @@ def hybrid_attention(
         )
         output = _join(folded, key.to(dtype), value.to(dtype), far.to(carry.dtype), stream, real, past + start, options)
         output = unfold(output, kv_heads, chunk, end - start)
-        collector.add(output.view(batch, heads, end - start, -1).to(query.dtype))
+        collector.add(output.reshape(batch, heads, end - start, -1).to(query.dtype))
     return LinearOutput(collector.result(), split(carry.view(batch, kv_heads, *carry.shape[1:])))
 
 
@@ -64,19 +66,13 @@ def _take(x: torch.Tensor, low: int, high: int, length: int) -> torch.Tensor:
     return functional.pad(part, (0, 0, left, right)) if left or right else part
 
 
-def _arrived(
-    real: torch.Tensor | None, lengths: torch.Tensor | None, start: int, length: int, tokens: int
-) -> torch.Tensor | None:
+def _arrived(real: torch.Tensor | None, lengths: torch.Tensor | None, start: int, length: int) -> torch.Tensor | None:
     """Which far keys `[B or 1, length]` enter the linear state: real ones, and only for queries that are real."""
     arrived = None if real is None else real[:, :length]
     if lengths is not None:
         index = torch.arange(start, start + length, device=lengths.device)
         counted = index < lengths[:, None]
         arrived = counted if arrived is None else arrived & counted
-    if tokens < length:  # the zeros behind the last token are no far keys either
-        device = arrived.device if arrived is not None else None
-        exists = (torch.arange(length, device=device) < tokens)[None]
-        arrived = exists if arrived is None else arrived & exists
     return arrived
 
 

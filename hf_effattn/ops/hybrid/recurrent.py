@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ...notation import compute_dtype
 from ..linear import LinearState
 from ..linear.recurrent import read
 from .merge import linear_logit, linear_value
@@ -30,12 +31,13 @@ def step(
     batch, heads, _, head_dim = query.shape
     kv_heads, wide = keys.shape[1], state.kv.dtype
     q = query.view(batch, kv_heads, heads // kv_heads, head_dim)
-    scores = torch.matmul(q, keys.transpose(2, 3)).to(wide) * options.scale  # [B, G, R, S]
+    dtype = compute_dtype(query.dtype)
+    scores = torch.matmul(q.to(dtype), keys.to(dtype).transpose(2, 3)).to(wide) * options.scale  # [B, G, R, S]
     if visible is not None:
         scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
     numerator, denominator = (x.view(*q.shape[:3], -1) for x in read(options.query_map(query), state))
     logit = linear_logit(denominator, options.bias.to(wide).view(kv_heads, -1, 1))
     weights = torch.cat((scores, logit), dim=-1).softmax(dim=-1)
-    output = torch.matmul(weights[..., :-1].to(values.dtype), values).to(wide)
+    output = torch.matmul(weights[..., :-1].to(dtype), values.to(dtype)).to(wide)
     output = output + weights[..., -1:] * linear_value(numerator, denominator)
     return output.view(batch, heads, 1, -1).to(query.dtype)

@@ -90,5 +90,5 @@ def linear_attention(
         output, carry = linear_segment(q, k, v, carry)
         output = unfold(output, kv_heads, chunk_size, end - start).to(carry.dtype)
         normalised = output[..., :-1] / output[..., -1:].clamp(min=EPS)
-        collector.add(normalised.view(batch, heads, end - start, -1).to(query.dtype))
+        collector.add(normalised.reshape(batch, heads, end - start, -1).to(query.dtype))
     return LinearOutput(collector.result(), split(carry.view(batch, kv_heads, *carry.shape[1:])))

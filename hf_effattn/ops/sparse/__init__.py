@@ -70,6 +70,8 @@ def sparse_attention(
     check_padding(padding_mask, batch, total)
     backend = choose_backend(pattern, backend)
     scale = head_dim**-0.5 if scale is None else scale
+    if tokens == 0:
+        return query.new_zeros(*query.shape[:3], value.shape[-1])
     if backend == "banded":
         assert pattern.band is not None
         if padding_mask is None:
