@@ -56,9 +56,9 @@ def cases() -> list[Case]:
     """Every feature map with and without a window, and every pattern, on every backend that computes it."""
     found = []
     for name in FEATURE_MAPS:
-        for window, num_sinks in ((0, 0), (5, 0), (6, 2)):
+        for window, num_sinks, chunk in ((0, 0, 1), (5, 0, 1), (6, 2, 4)):
             for backend in LinearConfig.backends:
-                options = {"feature_map": name, "window": window, "num_sinks": num_sinks, "chunk_size": 4}
+                options = {"feature_map": name, "window": window, "num_sinks": num_sinks, "chunk_size": chunk}
                 found.append(Case(f"{name}-w{window}s{num_sinks}-{backend}", "linear", {**options, "backend": backend}))
     for name, pattern in patterns().items():
         for backend in SparseConfig.backends:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,6 +53,10 @@ IDS = tokens(2, 20)
         (("linear",), {"layers": ["0"]}, TypeError, "list of layer indices"),
         (("linear",), {"keep_softmax": [9]}, ValueError, "keep_softmax names layer 9"),
         (("linear",), {"layers": [0], "keep_softmax": [1]}, ValueError, "not both"),
+        (("linear",), {"layers": []}, ValueError, "no layer is left to convert"),
+        (("linear",), {"keep_softmax": range(2)}, ValueError, "no layer is left to convert"),
+        (("linear",), {"layers": [True]}, ValueError, "no layer is left"),
+        (("sparse",), {"pattern": Pattern(lambda b, h, q, k: k == q) | sliding_window(4)}, ValueError, "made by hand"),
     ],
 )
 @on_every_model
@@ -165,9 +170,10 @@ def test_unknown_keywords_do_not_pass_silently(model: str, case: Case) -> None:
 @defaults
 @on_every_model
 def test_packed_documents_cannot_share_a_cache(model: str, case: Case) -> None:
-    positions = torch.cat((torch.arange(8), torch.arange(12)))[None].expand(2, -1)
-    with pytest.raises(ValueError, match="use_cache=False"):
-        converted_model(model, case)(IDS, position_ids=positions, use_cache=True)
+    for first in (8, 1):
+        positions = torch.cat((torch.arange(first), torch.arange(20 - first)))[None].expand(2, -1)
+        with pytest.raises(ValueError, match="use_cache=False"):
+            converted_model(model, case)(IDS, position_ids=positions, use_cache=True)
 
 
 @defaults
@@ -206,6 +212,34 @@ def test_learned_positions_end_with_a_message(case: Case) -> None:
 def test_rotary_models_go_on_past_their_trained_length() -> None:
     net = converted_model("llama-gqa", DEFAULTS[0])
     assert net(tokens(1, 300)).logits.isfinite().all()
+
+
+@on_every_model
+def test_a_conversion_of_an_inner_model_alone_is_reported(model: str) -> None:
+    net = tiny_model(model)
+    inner = getattr(net, net.base_model_prefix)
+    inner.convert_attention("sparse", window=4)
+    for call in (net.revert_attention, net.attention_report, lambda: net.convert_attention("linear")):
+        with pytest.raises(ValueError, match="inner model.*converted by itself"):
+            call()
+    inner.revert_attention()
+    net.convert_attention("linear")
+
+
+@on_every_model
+def test_the_implementation_is_not_set_by_name(model: str) -> None:
+    net = tiny_model(model)
+    net.set_attn_implementation("hf_effattn")
+    with pytest.raises(ValueError, match="convert_attention"):
+        net(IDS)
+
+
+def test_a_folder_of_a_later_format_is_refused(tmp_path: Path) -> None:
+    net = tiny_model("llama-gqa").convert_attention("sparse", window=4)
+    net.config.effattn["version"] = 2
+    net.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="format 2; this hf_effattn reads format 1"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 @on_every_model

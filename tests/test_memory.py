@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matrix import DEFAULTS, MODELS, ONE_CASE_EACH, Case, converted_model, shake, tiny_model, tokens
+from matrix import CASES, DEFAULTS, MODELS, ONE_CASE_EACH, Case, converted_model, shake, tiny_model, tokens
 from torch.utils import _pytree as pytree
 from transformers import DynamicCache
 
+from hf_effattn import LinearConfig
+from hf_effattn.attention import Call, HeadGeometry, make_mechanism
 from hf_effattn.attention.linear import HybridState
 from hf_effattn.cache import EffAttnCacheLayer
+from hf_effattn.config import make_config
 from hf_effattn.ops.linear import LinearState
 
 on_every_model = pytest.mark.parametrize("model", MODELS)
@@ -119,6 +122,48 @@ def test_half_precision_gives_one_answer_within_its_rounding(model: str, case: C
     error = (full - exact).norm() / exact.norm()
     assert error <= 0.05
     assert (torch.cat(parts, dim=1).float() - exact).norm() / exact.norm() <= 1.5 * error + 1e-3
+
+
+@pytest.mark.parametrize("case", DEFAULTS, ids=str)
+@on_every_model
+def test_a_cache_goes_on_under_another_precision_or_mode(model: str, case: Case) -> None:
+    net, ids = converted_model(model, case), tokens(1, 30)
+    exact = net(ids, use_cache=False).logits
+    cache = DynamicCache(config=net.config)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        net(ids[:, :20], past_key_values=cache)
+    parts = [net(ids[:, a:b], past_key_values=cache).logits for a, b in ((20, 21), (21, 30))]
+    assert (torch.cat(parts, dim=1) - exact[:, 20:]).norm() / exact.norm() <= 0.05
+    prefix = DynamicCache(config=net.config)
+    with torch.inference_mode():
+        net(ids[:, :29], past_key_values=prefix)
+    expected = net.generate(ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(net.generate(ids, past_key_values=prefix, max_new_tokens=5, do_sample=False), expected)
+
+
+def test_large_scores_decode_in_float16() -> None:
+    """Products of queries and keys that leave float16's range before they are scaled."""
+    mechanism = make_mechanism(LinearConfig(window=4, num_sinks=0), HeadGeometry(1, 1, 64)).half()
+    query, key = ((torch.randn(1, 1, 8, 64) * 5 + 35).half() for _ in range(2))
+    value, layer = torch.randn(1, 1, 8, 64).half(), EffAttnCacheLayer()
+    whole = mechanism(query, key, value, scale=0.125)
+    steps = [
+        mechanism(*(x[:, :, t : t + 1] for x in (query, key, value)), scale=0.125, cache_layer=layer) for t in range(8)
+    ]
+    torch.testing.assert_close(torch.cat(steps, dim=2), whole, atol=5e-3, rtol=5e-3)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.options["backend"] == "auto"], ids=str)
+def test_everything_stays_on_its_device(case: Case) -> None:
+    """On the meta device, where a tensor made elsewhere is an error: prefill of many lengths, then decoding."""
+    mechanism = make_mechanism(make_config(case.mechanism, case.options), HeadGeometry(4, 2, 16)).to("meta")
+    for lengths in ((1100, 10, 1, 1), (128, 10), (1, 1, 300, 1)):
+        state = None
+        for length in lengths:
+            query, key = (torch.empty(1, heads, length, 16, device="meta") for heads in (4, 2))
+            output, state = mechanism.attend(state, query, key, key, Call(0.25))
+            assert output.shape == query.shape
+            assert output.is_meta
 
 
 def test_a_pickled_cache_keeps_its_precision(tmp_path: object) -> None:

@@ -8,7 +8,19 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from matrix import CASES, DEFAULTS, MODELS, Case, close, converted_model, left_padded, positions_of, tokens
+from matrix import (
+    CASES,
+    DEFAULTS,
+    MODELS,
+    Case,
+    close,
+    converted_model,
+    left_padded,
+    positions_of,
+    shake,
+    tiny_model,
+    tokens,
+)
 from transformers import DynamicCache
 
 everywhere = pytest.mark.parametrize("case", CASES, ids=str)
@@ -177,15 +189,16 @@ def test_cache_can_be_repeated_selected_reset_and_copied(model: str, case: Case)
     close(forward(net, ids, past_key_values=cache), forward(net, ids, use_cache=False))
 
 
+@pytest.mark.parametrize("layers", [[1], None], ids=["mixed", "all"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("case", DEFAULTS, ids=str)
 @on_every_model
 @given(sizes=st.lists(lengths, min_size=2, max_size=3), at=st.lists(st.integers(0, 39), max_size=3))
-def test_mixed_layers_agree(model: str, case: Case, implementation: str, sizes: list[int], at: list[int]) -> None:
-    """A model that keeps a softmax layer gives converted layers transformers' own masks."""
-    from matrix import shake, tiny_model
-
-    net = shake(tiny_model(model).convert_attention(case.mechanism, layers=[1], **case.options))
+def test_native_masks_are_understood(
+    model: str, case: Case, implementation: str, layers: list[int] | None, sizes: list[int], at: list[int]
+) -> None:
+    """Models that keep a softmax layer, or whose implementation was set, give converted layers transformers' masks."""
+    net = shake(tiny_model(model).convert_attention(case.mechanism, layers=layers, **case.options))
     net.set_attn_implementation(implementation)
     rows = [tokens(size, seed=index) for index, size in enumerate(sizes)]
     ids, mask = left_padded(rows)

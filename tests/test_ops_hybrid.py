@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops_linear import relative
 
@@ -32,6 +32,7 @@ def inputs(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
 
 
 @every_map
+@settings(max_examples=25)
 @given(
     length=st.integers(1, 150) | st.just(1100),
     window=st.integers(1, 40),

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
@@ -38,6 +38,7 @@ shapes = {
 
 
 @fast
+@settings(max_examples=25)
 @given(**shapes)
 def test_fast_is_slow(backend: str, batch: int, kv_heads: int, groups: int, length: int, chunk: int) -> None:
     length = min(length, 200) if backend == "recurrent" else length

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from matrix import patterns
 from test_ops_linear import relative
@@ -39,6 +39,7 @@ def inputs(batch: int, kv_heads: int, groups: int, length: int, past: int = 0, *
 
 
 @pytest.mark.parametrize(("name", "backend"), FAST)
+@settings(max_examples=25)
 @given(
     batch=st.integers(1, 3),
     kv_heads=st.integers(1, 2),
@@ -111,6 +112,12 @@ def test_a_blind_query_gets_zero(backend: str) -> None:
     output = sparse_attention(*inputs(1, 1, 1, 20), pattern, backend=backend)
     assert torch.equal(output[:, :, 8:], torch.zeros_like(output[:, :, 8:]))
     assert output[:, :, :2].abs().sum() > 0
+
+
+def test_no_queries_give_no_output() -> None:
+    for name, backend in PAIRS:
+        q, k, v = inputs(2, 2, 3, 0, past=5)
+        assert sparse_attention(q, k, v, ALL[name], query_offset=5, backend=backend).shape == (2, 6, 0, 5)
 
 
 def test_auto_prefers_the_band() -> None:

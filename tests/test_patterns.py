@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matrix import COMPOSITIONS, patterns
 
+from hf_effattn import SparseConfig
 from hf_effattn.cache import KeyValueStore
+from hf_effattn.config import config_from_dict, make_config
 from hf_effattn.patterns import (
     PATTERNS,
     Pattern,
@@ -24,6 +26,7 @@ from hf_effattn.patterns import (
     streaming,
     strided,
 )
+from hf_effattn.patterns.base import register_pattern
 
 ALL = patterns()
 LENGTH = 60
@@ -122,6 +125,37 @@ def test_a_spec_makes_the_pattern_again(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(set(ALL) - {"sinks", "global_tokens"} - set(COMPOSITIONS)))
 def test_presets_leave_no_query_blind(name: str) -> None:
     assert matrix(ALL[name]).diagonal().all()
+
+
+def test_options_are_taken_once() -> None:
+    """A list that changes later, or an iterator, is no live option of a pattern."""
+    positions = [0, 9]
+    pattern = global_tokens(positions)
+    positions.append(20)
+    assert pattern.spec == {"name": "global_tokens", "positions": [0, 9]}
+    assert global_tokens(range(3)) == global_tokens(i for i in range(3)) == global_tokens({0, 1, 2})
+
+
+def test_equal_patterns_and_configs_hash_alike() -> None:
+    assert hash(streaming(4)) == hash(pattern_from_spec(streaming(4).spec))
+    assert len({SparseConfig(pattern=sliding_window(4)), SparseConfig(pattern=sliding_window(4))}) == 1
+    assert len({SparseConfig(pattern="global_tokens", positions=[0, 3])}) == 1
+
+
+def test_a_pattern_of_ones_own_is_chosen_by_name_with_its_own_options() -> None:
+    @register_pattern("every_nth")
+    def every_nth(step: int, offset: int = 0) -> Pattern:
+        """Every `step`-th key (test only)."""
+        return Pattern(lambda b, h, q, k: (k <= q) & ((q - k - offset) % step == 0), Retention())
+
+    try:
+        config = make_config("sparse", {"pattern": "every_nth", "step": 3, "backend": "masked"})
+        assert config_from_dict(config.to_dict()).to_dict() == config.to_dict()
+        assert config.resolve() == every_nth(3)  # type: ignore[attr-defined]
+        with pytest.raises(ValueError, match="unknown option 'steps'"):
+            make_config("sparse", {"pattern": "every_nth", "steps": 3})
+    finally:
+        del PATTERNS._entries["every_nth"]
 
 
 @pytest.mark.parametrize("name", list(PATTERNS))

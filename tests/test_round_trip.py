@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from matrix import COMPOSITIONS, DEFAULTS, MODELS, ONE_CASE_EACH, Case, converted_model, shake, tiny_model, tokens
+from matrix import (
+    COMPOSITIONS,
+    DEFAULTS,
+    MODELS,
+    ONE_CASE_EACH,
+    Case,
+    converted_model,
+    shake,
+    tiny_config,
+    tiny_model,
+    tokens,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
@@ -133,6 +144,22 @@ def test_copies_are_whole_and_apart(model: str, case: Case) -> None:
         twin.revert_attention()
         assert torch.equal(twin(IDS).logits, tiny_model(model)(IDS).logits)
         assert torch.equal(net(IDS).logits, expected)
+
+
+class MyLlama(LlamaForCausalLM):
+    """A model class of the user's own."""
+
+
+def test_classes_of_ones_own_have_their_own_twins() -> None:
+    def cell() -> type:
+        return type("MyLlama", (LlamaForCausalLM,), {})  # a notebook cell that is run again
+
+    for kind in (MyLlama, cell(), cell()):
+        net = kind(tiny_config("llama-gqa")).eval().convert_attention("sparse", window=4)
+        assert isinstance(net, kind)
+        if kind is MyLlama:
+            assert torch.equal(pickle.loads(pickle.dumps(net))(IDS).logits, net(IDS).logits)
+        assert type(net.revert_attention()) is kind
 
 
 @on_every_model

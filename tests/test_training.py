@@ -9,7 +9,7 @@ import pytest
 import torch
 from matrix import DEFAULTS, MODELS, ONE_CASE_EACH, Case, shake, tiny_model, tokens
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import DynamicCache, Trainer, TrainingArguments
 
 on_every_model = pytest.mark.parametrize("model", MODELS)
 defaults = pytest.mark.parametrize("case", DEFAULTS, ids=str)
@@ -95,6 +95,28 @@ def test_converting_under_lora_is_converting_before(model: str, case: Case) -> N
     net.base_model.model.convert_attention(case.mechanism, **case.options)
     expected = tiny_model(model).convert_attention(case.mechanism, **case.options)
     assert torch.equal(net(IDS).logits, expected(IDS).logits)
+
+
+@on_every_model
+def test_parameters_an_adapter_would_not_save_are_frozen(model: str, caplog: pytest.LogCaptureFixture) -> None:
+    net = get_peft_model(tiny_model(model), LoraConfig(r=4, task_type="CAUSAL_LM"))
+    net.convert_attention("linear")
+    assert "modules_to_save" in caplog.text
+    assert not any(p.requires_grad for name, p in net.named_parameters() if ".effattn." in name)
+
+
+@defaults
+@on_every_model
+def test_a_prompt_trains_through_the_cache_of_a_frozen_model(model: str, case: Case) -> None:
+    net = fresh(model, case).requires_grad_(False)
+    prompt = torch.nn.Parameter(torch.randn(1, 4, 64))
+    cache = DynamicCache(config=net.config)
+    net(inputs_embeds=prompt, past_key_values=cache)
+    logits = [net(IDS[:1, t : t + 1], past_key_values=cache).logits for t in range(12)]
+    (actual,) = torch.autograd.grad(torch.cat(logits, dim=1).square().mean(), prompt)
+    whole = torch.cat((prompt, net.get_input_embeddings()(IDS[:1, :12])), dim=1)
+    (expected,) = torch.autograd.grad(net(inputs_embeds=whole, use_cache=False).logits[:, 4:].square().mean(), prompt)
+    torch.testing.assert_close(actual, expected, atol=1e-6, rtol=1e-4)
 
 
 @defaults

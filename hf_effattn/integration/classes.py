@@ -110,11 +110,15 @@ class TwinType(type):
     """The type of converted classes: pickle finds them through the class they are made of, not by their name."""
 
 
-copyreg.pickle(TwinType, lambda twin: (_twin_of, (original_class(twin),)))  # type: ignore[arg-type]
-
-
-def _twin_of(base: type) -> type:
+def _twin_of(base: Any) -> Any:
     return config_class(base) if issubclass(base, PreTrainedConfig) else model_class(base)
+
+
+def _reduce_twin(twin: TwinType) -> tuple[Any, tuple[type]]:
+    return _twin_of, (original_class(twin),)
+
+
+copyreg.pickle(TwinType, _reduce_twin)
 
 
 def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
