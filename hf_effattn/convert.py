@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
@@ -16,6 +15,7 @@ from . import integration
 from .architectures import ARCHITECTURES, Architecture
 from .attention import HeadGeometry, Mechanism, make_mechanism
 from .config import MechanismConfig, config_from_dict, make_config
+from .targets import attention_modules, choose_layers, find_architecture, position_embeddings, refuse_offloaded
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -49,10 +49,11 @@ def convert_attention(
         ValueError: for an unknown mechanism, option or value, layers out of range, and models that cannot be
             converted: unsupported families, cross-attention, offloaded weights. The model is then as it was.
     """
-    architecture = _architecture(model)
-    modules = _attention_modules(model, architecture)
+    architecture = find_architecture(model)
+    refuse_offloaded(model)
+    modules = attention_modules(model, architecture)
     config = make_config(mechanism, options)
-    chosen = _choose(len(modules), layers, keep_softmax)
+    chosen = choose_layers(len(modules), layers, keep_softmax)
     made = {index: _make(config, architecture, modules[index], model.config) for index in chosen}
     _freeze_under_peft(model, made)
     integration.become_converted(model)
@@ -69,14 +70,13 @@ def revert_attention(model: Model) -> Model:
     Returns:
         The model itself. A model that is not converted stays as it is.
     """
-    architecture = _architecture(model)
-    modules = _attention_modules(model, architecture)
-    if not getattr(model.config, "is_effattn", False):
+    if not any(hasattr(module, "effattn") for module in model.modules()) and not hasattr(model.config, "effattn"):
         return model
-    for module in modules.values():
+    architecture = find_architecture(model)
+    for module in attention_modules(model, architecture).values():
         if hasattr(module, "effattn"):
             integration.detach(module, model.config)
-    for embedding in _position_embeddings(model, architecture):
+    for embedding in position_embeddings(model, architecture):
         integration.unguard_positions(embedding)
     if model.config._attn_implementation == integration.NAME:
         model.config._attn_implementation_internal = "sdpa"
@@ -90,7 +90,7 @@ def converted_layers(model: PreTrainedModel) -> dict[int, Mechanism | None]:
     Raises:
         RuntimeError: if a layer is said to be converted, but would not compute its mechanism.
     """
-    modules = _attention_modules(model, _architecture(model, check=False))
+    modules = attention_modules(model, find_architecture(model))
     found = {index: getattr(module, "effattn", None) for index, module in sorted(modules.items())}
     specs = (getattr(model.config, "effattn", None) or {}).get("layers", [None] * len(found))
     for index, spec in enumerate(specs):
@@ -103,14 +103,14 @@ def converted_layers(model: PreTrainedModel) -> dict[int, Mechanism | None]:
 
 def layer_geometry(model: PreTrainedModel, index: int) -> HeadGeometry:
     """Return the heads of layer `index`."""
-    architecture = _architecture(model, check=False)
-    return HeadGeometry(*architecture.heads(_attention_modules(model, architecture)[index], model.config))
+    architecture = find_architecture(model)
+    return HeadGeometry(*architecture.heads(attention_modules(model, architecture)[index], model.config))
 
 
 def _build(model: PreTrainedModel) -> None:
     """Attach mechanisms to a freshly constructed model as its config says (called before weights are loaded)."""
-    architecture = _architecture(model, check=False)
-    modules = _attention_modules(model, architecture)
+    architecture = find_architecture(model)
+    modules = attention_modules(model, architecture)
     specs, version = model.config.effattn["layers"], model.config.effattn.get("version")
     if version != integration.FORMAT_VERSION:
         raise ValueError(
@@ -127,84 +127,11 @@ def _build(model: PreTrainedModel) -> None:
 
 
 def _finish(model: PreTrainedModel, architecture: Architecture, modules: dict[int, nn.Module]) -> None:
-    for embedding in _position_embeddings(model, architecture):
+    for embedding in position_embeddings(model, architecture):
         integration.guard_positions(embedding)
     everywhere = all(hasattr(module, "effattn") for module in modules.values())
     if everywhere and model.config._attn_implementation == "sdpa":
         model.config._attn_implementation_internal = integration.NAME  # so that masks are [B, T], not [B, 1, T, S]
-
-
-def _architecture(model: PreTrainedModel, check: bool = True) -> Architecture:
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"convert_attention takes a transformers PreTrainedModel; got {type(model).__name__}")
-    base = str(model.config.model_type).removeprefix("effattn_")
-    if base not in ARCHITECTURES:
-        raise ValueError(
-            f"models of type {base!r} are not supported; supported model types: {', '.join(ARCHITECTURES)} "
-            "(causal language models whose attention goes through transformers' AttentionInterface)"
-        )
-    architecture = ARCHITECTURES.get(base)
-    if architecture.cross_attention and getattr(model.config, architecture.cross_attention, False):
-        raise ValueError(f"models with cross-attention ({architecture.cross_attention}=True) are not supported")
-    if check:
-        _refuse_offloaded(model)
-    return architecture
-
-
-def _refuse_inner_conversion(model: PreTrainedModel, modules: dict[int, nn.Module]) -> None:
-    if not getattr(model.config, "is_effattn", False) and any(hasattr(m, "effattn") for m in modules.values()):
-        raise ValueError(
-            f"an inner model of this {type(model).__name__} was converted by itself, which saving the outer one would "
-            "lose: call revert_attention() on the inner model and convert the outer one"
-        )
-
-
-def _refuse_offloaded(model: PreTrainedModel) -> None:
-    offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    hooked = any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in model.modules())
-    if offloaded or hooked:
-        where = f" ({offloaded[0]} is on the meta device)" if offloaded else ""
-        raise ValueError(
-            f"the model is offloaded by accelerate{where}; convert it before dispatching, or save the conversion and "
-            "load that with device_map"
-        )
-
-
-def _attention_modules(model: PreTrainedModel, architecture: Architecture) -> dict[int, nn.Module]:
-    modules = architecture.attention_modules(model)
-    if sorted(modules) != list(range(model.config.num_hidden_layers)):
-        raise ValueError(
-            f"expected one self-attention module {architecture.attention!r} in each of the "
-            f"{model.config.num_hidden_layers} layers of {type(model).__name__}; found {sorted(modules)}"
-        )
-    _refuse_inner_conversion(model, modules)
-    return modules
-
-
-def _choose(number: int, layers: Iterable[int] | None, keep_softmax: Iterable[int] | None) -> list[int]:
-    if layers is not None and keep_softmax is not None:
-        raise ValueError("give layers= or keep_softmax=, not both")
-    if layers is not None:
-        chosen = _indices("layers", number, layers)
-    else:
-        kept = _indices("keep_softmax", number, keep_softmax or [])
-        chosen = [index for index in range(number) if index not in kept]
-    if not chosen:
-        raise ValueError("no layer is left to convert; check layers= and keep_softmax=")
-    return chosen
-
-
-def _indices(name: str, number: int, given: Iterable[int]) -> list[int]:
-    try:
-        indices = [operator.index(index) for index in given if not isinstance(index, bool)]
-    except TypeError:
-        indices = None
-    if indices is None or isinstance(given, str):
-        raise TypeError(f"{name} must be a list of layer indices; got {given!r}")
-    wrong = [index for index in indices if not -number <= index < number]
-    if wrong:
-        raise ValueError(f"{name} names layer {wrong[0]}; valid: 0 to {number - 1} (or −{number} to −1)")
-    return sorted({index % number for index in indices})
 
 
 def _make(config: MechanismConfig, architecture: Architecture, module: nn.Module, model_config: Any) -> Mechanism:
@@ -229,11 +156,6 @@ def _freeze_under_peft(model: PreTrainedModel, made: dict[int, Mechanism]) -> No
         "The model carries a PEFT adapter, which would not save the new parameters of converted layers, so these are "
         'frozen. To train them, convert first and pass modules_to_save=["effattn"] to the PEFT config.'
     )
-
-
-def _position_embeddings(model: PreTrainedModel, architecture: Architecture) -> list[nn.Module]:
-    name = architecture.position_embedding
-    return [] if name is None else [m for full, m in model.named_modules() if full.rpartition(".")[2] == name]
 
 
 def register_architectures() -> None:

@@ -22,6 +22,7 @@ FLOORS = {
     "integration": 3.5,  # on floor 3, above the cache layers it binds
     "architectures": 4,
     "attention": 4,
+    "targets": 4.5,  # between the facts about families and the conversion
     "convert": 5,
     "saving": 5.5,
     "report": 5.5,  # on floor 5, above the conversion it reports

@@ -55,7 +55,7 @@ IDS = tokens(2, 20)
         (("linear",), {"layers": [0], "keep_softmax": [1]}, ValueError, "not both"),
         (("linear",), {"layers": []}, ValueError, "no layer is left to convert"),
         (("linear",), {"keep_softmax": range(2)}, ValueError, "no layer is left to convert"),
-        (("linear",), {"layers": [True]}, ValueError, "no layer is left"),
+        (("linear",), {"layers": [True]}, TypeError, "list of layer indices"),
         (("sparse",), {"pattern": Pattern(lambda b, h, q, k: k == q) | sliding_window(4)}, ValueError, "made by hand"),
     ],
 )

@@ -18,7 +18,7 @@ class Architecture:
 
     Args:
         model_type: transformers' name of the family (`config.model_type`).
-        config_class, base_class: Names of its config and base model classes in the `transformers` namespace.
+        config_class: Name of its config class in the `transformers` namespace.
         attention: Name of the child module that holds the self-attention of a block.
         cache_argument: Keyword under which that module receives the cache.
         num_heads, num_kv_heads: Names of config attributes with the number of query and key/value heads.
@@ -30,7 +30,6 @@ class Architecture:
 
     model_type: str
     config_class: str
-    base_class: str
     attention: str
     cache_argument: str = "past_key_values"
     num_heads: str = "num_attention_heads"

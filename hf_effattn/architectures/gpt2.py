@@ -8,7 +8,6 @@ GPT2 = register(
     Architecture(
         model_type="gpt2",
         config_class="GPT2Config",
-        base_class="GPT2Model",
         attention="attn",
         num_kv_heads="num_attention_heads",
         position_embedding="wpe",

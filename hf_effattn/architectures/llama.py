@@ -4,6 +4,4 @@ from __future__ import annotations
 
 from .base import Architecture, register
 
-LLAMA = register(
-    Architecture(model_type="llama", config_class="LlamaConfig", base_class="LlamaModel", attention="self_attn")
-)
+LLAMA = register(Architecture(model_type="llama", config_class="LlamaConfig", attention="self_attn"))
