@@ -13,7 +13,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads distort 
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -23,36 +22,15 @@ from typing import Any
 
 import torch
 import transformers
+from layers import CONFIGS, HEADS, SCALE, inputs, mechanism
 from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 from transformers.cache_utils import DynamicLayer
 
 import hf_effattn
-from hf_effattn import LinearConfig, SparseConfig
-from hf_effattn.attention import HeadGeometry, make_mechanism
 from hf_effattn.cache import EffAttnCacheLayer
 
-HEADS = HeadGeometry(num_heads=9, num_kv_heads=3, head_dim=64)  # SmolLM2-135M
-SCALE = HEADS.head_dim**-0.5
-CONFIGS = {
-    "linear elu": LinearConfig(feature_map="elu", window=0, num_sinks=0),
-    "linear hedgehog": LinearConfig(feature_map="hedgehog", window=0, num_sinks=0),
-    "linear default": LinearConfig(),
-    "streaming 256+4": SparseConfig(window=256, num_sinks=4),
-    "streaming 1024+4": SparseConfig(window=1024, num_sinks=4),
-}
 Run = Callable[[], object]
-
-
-def inputs(length: int, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Random query, key and value in the layout of a projection, `[B, T, H, D]` seen as `[B, H, T, D]`."""
-    generator = torch.Generator().manual_seed(0)
-    numbers = (HEADS.num_heads, HEADS.num_kv_heads, HEADS.num_kv_heads)
-    return [torch.randn(1, length, n, HEADS.head_dim, generator=generator).to(dtype).transpose(1, 2) for n in numbers]
-
-
-def mechanism(name: str, dtype: torch.dtype) -> torch.nn.Module:
-    return make_mechanism(CONFIGS[name], HEADS).to(dtype).eval()
 
 
 def prefill_runs(length: int, dtype: torch.dtype) -> dict[str, Run]:
@@ -121,33 +99,10 @@ def timed(runs: dict[Any, Run], rounds: int) -> dict[Any, float]:
     return best
 
 
-def scratch_bytes(name: str, length: int, dtype: torch.dtype) -> int:
-    """Peak memory of a prefill beyond inputs and output, measured in a process of its own."""
-    code = "import sys, recipes.benchmark as b; b.print_scratch(sys.argv[1], int(sys.argv[2]), sys.argv[3])"
-    command = [sys.executable, "-c", code, name, str(length), str(dtype).removeprefix("torch.")]
-    root = Path(__file__).resolve().parent.parent
-    return int(subprocess.run(command, cwd=root, check=True, capture_output=True, text=True).stdout.split()[-1])
-
-
-@torch.inference_mode()
-def print_scratch(name: str, length: int, dtype: str) -> None:
-    torch.set_num_threads(1)
-    layer = mechanism(name, getattr(torch, dtype))
-    small = inputs(4096, getattr(torch, dtype))
-    layer(*small, scale=SCALE)  # libraries allocate their own buffers once
-    q, k, v = inputs(length, getattr(torch, dtype))
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak that the next line but one reads
-    before = resident("VmRSS")
-    output = layer(q, k, v, scale=SCALE)
-    print(max(resident("VmHWM") - before - output.nbytes, 0))
-
-
-def resident(key: str) -> int:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    line = next(line for line in status.read_text().splitlines() if line.startswith(key))
-    return int(line.split()[1]) * 1024
+def scratch_bytes(name: str, length: int, dtype: str) -> int:
+    """Peak memory of a prefill beyond inputs and output, measured in a process of its own (see `scratch.py`)."""
+    command = [sys.executable, str(Path(__file__).with_name("scratch.py")), name, str(length), dtype]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def size(text: str) -> int:
@@ -194,7 +149,7 @@ def main() -> None:
     if "memory" in options.suite:
         print("\nmemory: MB of a prefill beyond inputs and output")
         for length in (16384, 32768, 65536):
-            found = {name: scratch_bytes(name, length, dtype) for name in CONFIGS}
+            found = {name: scratch_bytes(name, length, options.dtype) for name in CONFIGS}
             result["scratch"][length] = found
             print(f"{length:>7,}  " + "  ".join(f"{name} {value / 2**20:.0f}" for name, value in found.items()))
     if options.out:
