@@ -12,7 +12,7 @@ help:
 	@echo "make demo   show dense, sparse and linear attention on a pretrained model and a long document"
 	@echo "make test   run all tests (the slow ones use a real pretrained model)"
 	@echo "make lint   ruff and mypy"
-	@echo "make bench  measure prefill, decoding and memory of one layer; writes recipes/results/cpu.json"
+	@echo "make bench  measure prefill, decoding and memory of one layer; writes recipes/results/cpu-float32.*"
 	@echo "make clean  remove $(VENV) and what tools left behind"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -35,7 +35,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python recipes/benchmark.py --suite prefill decode memory --out recipes/results/cpu.json
+	$(BIN)/python recipes/benchmark.py --suite prefill decode memory --out recipes/results/cpu-float32.json
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info demo_output

@@ -105,6 +105,31 @@ def scratch_bytes(name: str, length: int, dtype: str) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
+def markdown(result: dict[str, Any]) -> str:
+    """Return the ratios to dense attention, and the scratch memory, as Markdown tables."""
+    lines = [
+        f"One attention layer: {HEADS.num_heads} query heads, {HEADS.num_kv_heads} key/value heads, head dimension "
+        f"{HEADS.head_dim}, one row, {result['dtype']}; {result['threads']} thread(s), least time of "
+        f"{result['rounds']} interleaved rounds, feature maps included; {result['machine']} CPU, torch "
+        f"{result['versions']['torch']}."
+    ]
+    tables: dict[str, dict[Any, dict[str, str]]] = {}
+    for suite, dense in (("prefill", "dense SDPA"), ("decode", "dense DynamicCache")):
+        times = result["seconds"].get(suite, {})
+        tables[f"{suite}: dense / time"] = {
+            n: {x: f"{t[dense] / t[x]:.2f}x" for x in CONFIGS} for n, t in times.items()
+        }
+    tables["MB beyond inputs and output"] = {
+        n: {x: f"{bytes_ / 2**20:.0f}" for x, bytes_ in found.items()} for n, found in result["scratch"].items()
+    }
+    for title, columns in tables.items():
+        if columns:
+            sizes = " | ".join(f"{int(n):,}" for n in columns)
+            lines += ["", f"| {title} | {sizes} |", "|---" * (1 + len(columns)) + "|"]
+            lines += [f"| {name} | {' | '.join(cell[name] for cell in columns.values())} |" for name in CONFIGS]
+    return "\n".join(lines) + "\n"
+
+
 def size(text: str) -> int:
     return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
 
@@ -117,7 +142,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="write all numbers as JSON")
+    parser.add_argument("--out", type=Path, help="write all numbers as JSON, and a table as .md")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     dtype = getattr(torch, options.dtype)
@@ -155,7 +180,8 @@ def main() -> None:
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-        print(f"\nwritten: {options.out}")
+        options.out.with_suffix(".md").write_text(markdown(result))
+        print(f"\nwritten: {options.out} and {options.out.with_suffix('.md').name}")
 
 
 if __name__ == "__main__":
