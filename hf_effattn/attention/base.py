@@ -33,12 +33,14 @@ class Call(NamedTuple):
         lengths: Real tokens of each row `[B]`, which come first; None for all.
         dropout: Probability with which softmax weights are dropped.
         in_place: Whether the given state may be overwritten.
+        keep_state: Whether the state after the call will be used; without, it may be any state.
     """
 
     scale: float
     lengths: torch.Tensor | None = None
     dropout: float = 0.0
     in_place: bool = False
+    keep_state: bool = True
 
 
 class Mechanism(nn.Module):
@@ -114,7 +116,7 @@ class Mechanism(nn.Module):
             cache_layer: Where the state lives; None for a call without past and future.
             dropout: Probability with which softmax weights are dropped; linear attention has none.
         """
-        call = Call(scale, dropout=dropout)
+        call = Call(scale, dropout=dropout, keep_state=cache_layer is not None and not cache_layer.record_past)
         if cache_layer is not None:
             return self._attend_cached(query, key, value, segment_ids, cache_layer, call)
         if segment_ids is None or _only_trailing_padding(segment_ids):

@@ -137,7 +137,8 @@ class LinearAttention(Mechanism):
         output, linear = hybrid_attention(
             query, stream, state.linear, self._options(call), lengths=call.lengths, backend=self.backend()
         )
-        return output, HybridState(linear, self.store.append(state.window, key, value, call.lengths))
+        window = self.store.append(state.window, key, value, call.lengths) if call.keep_state else state.window
+        return output, HybridState(linear, window)
 
     def _attend_one(
         self, state: HybridState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call

@@ -40,7 +40,7 @@ class SparseAttention(Mechanism):
             output = banded.sparse_attention(query, stream, self.pattern.band, call.scale, call.dropout)
         else:
             output = self._attend_positions(state, query, key, value, call)
-        return output, self.store.append(state, key, value, call.lengths)
+        return output, self.store.append(state, key, value, call.lengths) if call.keep_state else state
 
     def num_visible(self, context_length: int) -> int:
         return self.pattern.num_visible(context_length - 1)
