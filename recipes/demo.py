@@ -43,6 +43,11 @@ def document(path: Path | None) -> str:
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
+def num_scored(length: int) -> int:
+    """Return how many of the last of `length` tokens the perplexity is taken of."""
+    return min(1024, length // 4)
+
+
 def cache_bytes(cache: DynamicCache) -> int:
     """Return the bytes that the cache holds, measured on its tensors."""
     layers: list[Any] = list(cache.layers)
@@ -65,13 +70,15 @@ def measure(
     model: PreTrainedModel, ids: torch.Tensor, contexts: list[int], length: int, advance: Any
 ) -> dict[str, Any]:
     """Read `ids` `[1, T]` through the cache up to the last context, measuring at each."""
-    scored = min(1024, length // 2)
+    scored = num_scored(length)
     cache = DynamicCache(config=model.config)
     found: dict[str, Any] = {"contexts": contexts, "cache_bytes": [], "decode_seconds": []}
     seconds, done = 0.0, 0
     for context in contexts:
         while done < context:
             end = min(done + PREFILL_CHUNK, context)
+            if end < length < end + scored:  # the last chunk before `length` must hold all that is scored
+                end = length - scored
             keep = scored if end == length else 1
             start = time.perf_counter()
             logits = model(ids[:, done:end], past_key_values=cache, logits_to_keep=keep).logits
@@ -94,7 +101,7 @@ def measure(
 
 def table(results: dict[str, dict[str, Any]], length: int) -> Table:
     dense, held = results["dense"], "cache_bytes_at_length"
-    shown = Table(title=f"{length:,} tokens, perplexity of the last {min(1024, length // 2):,}")
+    shown = Table(title=f"{length:,} tokens, perplexity of the last {num_scored(length):,}")
     for column in ("attention", "perplexity", "cache", "prefill t/s", "decode t/s"):
         shown.add_column(column, justify="left" if column == "attention" else "right", no_wrap=True)
     for name, r in results.items():
@@ -115,7 +122,10 @@ def run(model: Any, tokenizer: PreTrainedTokenizerBase, text: str, wanted: int, 
     positions = getattr(model.config, "max_position_embeddings", CONTEXTS[-1] + CONTINUED)
     room = min(positions - CONTINUED, ids.shape[1] - 1)  # the longest context that still has room to decode
     length = min(wanted, room)
-    contexts = sorted({*(min(context, room) for context in CONTEXTS), length})
+    if length < 64:
+        raise SystemExit(f"nothing to show on {length} tokens: --length and the document must have at least 64")
+    apart = (min(context, room) for context in CONTEXTS)
+    contexts = sorted({c for c in apart if not length - num_scored(length) < c < length} | {length})
     console.print(f"document: {ids.shape[1]:,} tokens; reading {contexts[-1]:,}, reporting at {length:,}")
     results = {}
     columns = (TextColumn("{task.description:12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
