@@ -116,7 +116,7 @@ class SparseConfig(MechanismConfig):
         if self.positions is not None:
             object.__setattr__(self, "positions", tuple(self.positions))
         pattern = self.resolve()
-        if self.backend == "banded" and not (pattern.band and pattern.band.window):
+        if self.backend == "banded" and not pattern.is_windowed:
             raise ValueError(
                 f"backend 'banded' computes windows, with or without sinks; {pattern.describe()} is none: "
                 "use 'auto', 'masked' or 'reference'"
@@ -124,8 +124,8 @@ class SparseConfig(MechanismConfig):
 
     def resolve(self) -> Pattern:
         """Return the pattern these options describe."""
-        names = ("window", "num_sinks", "positions", "stride", "num_summary")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        names = (name for name in self.options() if name not in ("pattern", "backend"))
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if isinstance(self.pattern, str):
             return make_pattern(self.pattern, given)
         if not isinstance(self.pattern, Pattern):

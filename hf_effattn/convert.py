@@ -101,10 +101,11 @@ def converted_layers(model: PreTrainedModel) -> dict[int, Mechanism | None]:
     return found
 
 
-def layer_geometry(model: PreTrainedModel, index: int) -> HeadGeometry:
-    """Return the heads of layer `index`."""
+def layer_geometries(model: PreTrainedModel) -> dict[int, HeadGeometry]:
+    """Return the heads of each layer."""
     architecture = find_architecture(model)
-    return HeadGeometry(*architecture.heads(attention_modules(model, architecture)[index], model.config))
+    modules = attention_modules(model, architecture)
+    return {index: HeadGeometry(*architecture.heads(module, model.config)) for index, module in modules.items()}
 
 
 def _build(model: PreTrainedModel) -> None:
@@ -148,10 +149,11 @@ def _make(config: MechanismConfig, architecture: Architecture, module: nn.Module
 def _freeze_under_peft(model: PreTrainedModel, made: dict[int, Mechanism]) -> None:
     """Freeze new parameters that a PEFT adapter around the model would train but not save."""
     adapted = any("lora_" in name or ".base_layer." in name for name, _ in model.named_parameters())
-    if not adapted or not any(True for mechanism in made.values() for _ in mechanism.parameters()):
+    learned = [parameter for mechanism in made.values() for parameter in mechanism.parameters()]
+    if not adapted or not learned:
         return
-    for mechanism in made.values():
-        mechanism.requires_grad_(False)
+    for parameter in learned:
+        parameter.requires_grad_(False)
     logger.warning(
         "The model carries a PEFT adapter, which would not save the new parameters of converted layers, so these are "
         'frozen. To train them, convert first and pass modules_to_save=["effattn"] to the PEFT config.'

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from .convert import converted_layers, layer_geometry
+from .convert import converted_layers, layer_geometries
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,10 @@ def attention_report(model: PreTrainedModel, context_length: int = 4096) -> Atte
     if isinstance(context_length, bool) or not isinstance(context_length, int) or context_length < 1:
         raise ValueError(f"context_length must be an integer of at least 1; got {context_length!r}")
     records = []
+    geometries = layer_geometries(model)
     for index, mechanism in converted_layers(model).items():
-        geometry = layer_geometry(model, index)
         if mechanism is None:
+            geometry = geometries[index]
             size = 2 * geometry.num_kv_heads * geometry.head_dim * context_length * model.dtype.itemsize
             flops = 4 * geometry.num_heads * geometry.head_dim * context_length
             backend = str(model.config._attn_implementation)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -39,6 +40,16 @@ def forward(model: torch.nn.Module, ids: torch.Tensor, **kwargs: object) -> torc
         return model(ids, **kwargs).logits
 
 
+def chunked_prefill(net: Any, ids: torch.Tensor, mask: torch.Tensor, at: list[int]) -> torch.Tensor:
+    """Logits of padded rows that come in chunks, through one cache."""
+    positions, cache = positions_of(mask), DynamicCache(config=net.config)
+    chunks = [
+        forward(net, ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache)
+        for a, b in cuts(ids.shape[1], at)
+    ]
+    return torch.cat(chunks, dim=1)
+
+
 @everywhere
 @on_every_model
 @given(length=lengths, at=st.lists(st.integers(0, 39), max_size=4), empty_cache=st.booleans())
@@ -69,12 +80,7 @@ def test_left_padded_rows_are_themselves(model: str, case: Case, sizes: list[int
     ids, mask = left_padded(rows)
     positions = positions_of(mask)
     together = forward(net, ids, attention_mask=mask, position_ids=positions, use_cache=False)
-    cache = DynamicCache(config=net.config)
-    chunks = [
-        forward(net, ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache)
-        for a, b in cuts(ids.shape[1], at)
-    ]
-    chunked = torch.cat(chunks, dim=1)
+    chunked = chunked_prefill(net, ids, mask, at)
     for index, row in enumerate(rows):
         alone = forward(net, row[None], use_cache=False)[0]
         close(together[index, -len(row) :], alone)
@@ -202,12 +208,6 @@ def test_native_masks_are_understood(
     net.set_attn_implementation(implementation)
     rows = [tokens(size, seed=index) for index, size in enumerate(sizes)]
     ids, mask = left_padded(rows)
-    positions = positions_of(mask)
-    cache = DynamicCache(config=net.config)
-    chunks = [
-        forward(net, ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache)
-        for a, b in cuts(ids.shape[1], at)
-    ]
-    chunked = torch.cat(chunks, dim=1)
+    chunked = chunked_prefill(net, ids, mask, at)
     for index, row in enumerate(rows):
         close(chunked[index, -len(row) :], forward(net, row[None], use_cache=False)[0])

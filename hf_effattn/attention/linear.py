@@ -145,12 +145,12 @@ class LinearAttention(Mechanism):
     ) -> tuple[torch.Tensor, HybridState]:
         """Attend with one token: the key that leaves the window enters the linear state, then the token is read."""
         linear = state.linear
-        leaving = self.store.leaving(state.window)
+        leaving = self.store.leaving(state.window, call.lengths)
         if leaving is not None:
             old_key, old_value, valid = leaving
             features = self.key_map(old_key)
-            for counts in (valid, None if call.lengths is None else call.lengths > 0):
-                features = features if counts is None else features * counts[:, None, None, None]
+            if valid is not None:
+                features = features * valid[:, None, None, None]
             linear = recurrent.step(features, old_value, linear)
         window = self.store.append(state.window, key, value, call.lengths, call.in_place)
         full = window.least - self.store.num_leading >= self.config.window

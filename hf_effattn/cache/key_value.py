@@ -7,7 +7,7 @@ tokens of each row, so rows with different padding have their own rings.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch.nn import functional
@@ -16,6 +16,7 @@ from ..ops.stream import Stream
 from ..patterns import Retention
 
 GROWTH = 256
+Index = TypeVar("Index", int, torch.Tensor)
 
 
 class KeyValueState(NamedTuple):
@@ -97,18 +98,25 @@ class KeyValueStore:
         )
         return KeyValueState(keys, values, wanted, num_tokens, least, state.most + tokens)
 
-    def leaving(self, state: KeyValueState) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
+    def leaving(
+        self, state: KeyValueState, lengths: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None:
         """Return key and value `[B, G, 1, ·]` of what the next token of each row will overwrite, and in which rows it
         will overwrite something `[B]` (None: in all). None altogether if it is known that nothing will be.
+
+        Args:
+            lengths: Whether a row gets a token at all, 0 or 1 `[B]`; None for one in every row.
         """
         if self.window is None or state.most - self.window < self.num_leading:
             return None
-        if state.least == state.most:
-            slot = len(self.pinned) + (state.most - self.num_leading) % self.window
+        if state.least == state.most and lengths is None:
+            slot = self._ring_slot(state.most)
             return state.keys[:, :, slot : slot + 1], state.values[:, :, slot : slot + 1], None
         slots = self._ring_slot(state.num_tokens).clamp(max=state.keys.shape[2] - 1)
         index = slots[:, None, None, None]
         valid = state.num_tokens - self.window >= self.num_leading
+        if lengths is not None:
+            valid = valid & (lengths > 0)
         return _gather(state.keys, index), _gather(state.values, index), valid
 
     def stream(self, state: KeyValueState, key: torch.Tensor, value: torch.Tensor, width: int) -> Stream:
@@ -140,8 +148,9 @@ class KeyValueStore:
     def _last_pinned(self) -> int:
         return self.pinned[-1] if self.pinned else -1
 
-    def _ring_slot(self, positions: torch.Tensor) -> torch.Tensor:
-        offset = positions - self.num_leading
+    def _ring_slot(self, position: Index) -> Index:
+        """Slot of the ring that `position` takes, for a number or a tensor of them."""
+        offset = position - self.num_leading
         return len(self.pinned) + (offset if self.window is None else offset % self.window)
 
     def _held(self, num_tokens: torch.Tensor, slots: int) -> torch.Tensor:
@@ -185,9 +194,7 @@ class KeyValueStore:
     def _append_one(self, state: KeyValueState, key: torch.Tensor, value: torch.Tensor) -> KeyValueState:
         state = self._grown(state, self.num_slots(state.most + 1))
         if state.least == state.most:
-            slot = len(self.pinned) + state.most - self.num_leading
-            if self.window is not None:
-                slot = len(self.pinned) + (state.most - self.num_leading) % self.window
+            slot = self._ring_slot(state.most)
             state.keys[:, :, slot] = key[:, :, 0]
             state.values[:, :, slot] = value[:, :, 0]
             state.positions[:, slot] = state.most

@@ -22,6 +22,7 @@ def attach(module: nn.Module, mechanism: nn.Module, cache_argument: str) -> None
     if is_attached(module):
         detach(module, module.config)
     mechanism.cache_argument = cache_argument  # type: ignore[assignment]
+    mechanism.cache_owner = mechanism.describe()  # type: ignore[operator]
     module.effattn = mechanism
     config = copy.copy(module.config)
     config._attn_implementation_internal = NAME  # type: ignore[union-attr]
@@ -63,7 +64,7 @@ def bind_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         )
     layer = own_layer(cache, module.layer_idx)  # type: ignore[arg-type]
     _refuse_packing(kwargs)
-    layer.bind(module.effattn.describe())  # type: ignore[union-attr,operator]
+    layer.bind(module.effattn.cache_owner)  # type: ignore[union-attr,arg-type]
     return args, {**kwargs, "effattn_layer": layer}
 
 

@@ -107,6 +107,11 @@ class Pattern:
             {"all": [self.spec, other.spec]},
         )
 
+    @property
+    def is_windowed(self) -> bool:
+        """Whether the pattern is a window, with or without sinks, that the banded backend can compute."""
+        return self.band is not None and self.band.window > 0
+
     def visible(self, query: torch.Tensor, key: torch.Tensor, num_heads: int = 1) -> torch.Tensor:
         """Return which keys the queries see, as booleans that broadcast to `[B, H, T, S]`.
 

@@ -21,12 +21,11 @@ def choose_backend(pattern: Pattern, backend: str = "auto") -> str:
     Raises:
         ValueError: for an unknown backend, or one that cannot compute the pattern.
     """
-    windowed = pattern.band is not None and pattern.band.window > 0
     if backend == "auto":
-        return "banded" if windowed else "masked"
+        return "banded" if pattern.is_windowed else "masked"
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; valid: auto, {', '.join(BACKENDS)}")
-    if backend == "banded" and not windowed:
+    if backend == "banded" and not pattern.is_windowed:
         raise ValueError(f"backend 'banded' computes windows with or without sinks, not {pattern.describe()}")
     return backend
 
