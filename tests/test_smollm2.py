@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, DynamicCache
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 import models
 
+import hf_effattn  # noqa: F401  (gives models convert_attention)
+
 pytestmark = pytest.mark.slow
 PROSE = (Path(__file__).parent / "data" / "prose.txt").read_text(encoding="utf-8")
 MECHANISMS: dict[str, dict[str, Any]] = {
