@@ -10,10 +10,18 @@ from . import integration
 from .config import LinearConfig, SparseConfig
 from .convert import convert_attention, register_architectures, revert_attention
 from .report import attention_report
+from .targets import supported_models
 
 __version__ = "0.1.0"
 
-__all__ = ["LinearConfig", "SparseConfig", "attention_report", "convert_attention", "revert_attention"]
+__all__ = [
+    "LinearConfig",
+    "SparseConfig",
+    "attention_report",
+    "convert_attention",
+    "revert_attention",
+    "supported_models",
+]
 
 integration.register()
 register_architectures()

@@ -7,15 +7,14 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
-import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
 from . import integration
-from .architectures import ARCHITECTURES, Architecture
+from .architectures import ARCHITECTURES, head_counts
 from .attention import HeadGeometry, Mechanism, make_mechanism
 from .config import MechanismConfig, config_from_dict, make_config
-from .targets import attention_modules, choose_layers, find_architecture, position_embeddings, refuse_offloaded
+from .targets import Targets, choose_layers, find_targets, position_embeddings, refuse_offloaded
 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -37,7 +36,8 @@ def convert_attention(
     Args:
         model: A transformers model of a supported family.
         mechanism: "linear" or "sparse", or a `LinearConfig` or `SparseConfig`.
-        layers: Indices of the layers to convert, negative ones from the end; None for all.
+        layers: Indices of the layers to convert, negative ones from the end; None for all of full attention (where a
+            model has none, for all with a window of their own). The window of a converted layer replaces its own.
         keep_softmax: Indices of layers to leave as they are, all others being converted. Not together with `layers`.
         options: Fields of `LinearConfig` or `SparseConfig`.
 
@@ -49,18 +49,19 @@ def convert_attention(
         ValueError: for an unknown mechanism, option or value, layers out of range, and models that cannot be
             converted: unsupported families, cross-attention, offloaded weights. The model is then as it was.
     """
-    architecture = find_architecture(model)
+    targets = find_targets(model)
     refuse_offloaded(model)
-    modules = attention_modules(model, architecture)
     config = make_config(mechanism, options)
-    chosen = choose_layers(len(modules), layers, keep_softmax)
-    made = {index: _make(config, architecture, modules[index], model.config) for index in chosen}
+    made = {
+        index: _make(config, targets.modules[index], model.config)
+        for index in choose_layers(targets, layers, keep_softmax)
+    }
     _freeze_under_peft(model, made)
     integration.become_converted(model)
     for index, new in made.items():
-        integration.attach(modules[index], new, architecture.cache_argument)
+        _attach(targets, index, new)
         model.config.effattn["layers"][index] = config.to_dict()
-    _finish(model, architecture, modules)
+    _finish(model, targets)
     return model
 
 
@@ -72,14 +73,14 @@ def revert_attention(model: Model) -> Model:
     """
     if not any(hasattr(module, "effattn") for module in model.modules()) and not hasattr(model.config, "effattn"):
         return model
-    architecture = find_architecture(model)
-    for module in attention_modules(model, architecture).values():
+    targets = find_targets(model)
+    for module in targets.modules.values():
         if hasattr(module, "effattn"):
             integration.detach(module, model.config)
-    for embedding in position_embeddings(model, architecture):
+    for embedding in position_embeddings(model, targets.architecture):
         integration.unguard_positions(embedding)
     if model.config._attn_implementation == integration.NAME:
-        model.config._attn_implementation_internal = "sdpa"
+        model.config._attn_implementation_internal = integration.default_implementation(model)
     integration.become_original(model)
     return model
 
@@ -90,53 +91,63 @@ def converted_layers(model: PreTrainedModel) -> dict[int, Mechanism | None]:
     Raises:
         RuntimeError: if a layer is said to be converted, but would not compute its mechanism.
     """
-    modules = attention_modules(model, find_architecture(model))
-    found = {index: getattr(module, "effattn", None) for index, module in sorted(modules.items())}
-    specs = (getattr(model.config, "effattn", None) or {}).get("layers", [None] * len(found))
+    targets = find_targets(model)
+    found = {index: getattr(module, "effattn", None) for index, module in targets.modules.items()}
+    specs = (getattr(model.config, "effattn", None) or {}).get("layers", [None] * len(targets.natives))
     for index, spec in enumerate(specs):
-        if (spec is not None) != (found[index] is not None) or (spec and not integration.is_attached(modules[index])):
+        attached = found.get(index) is not None and integration.is_attached(targets.modules[index])
+        if (spec is not None) != (found.get(index) is not None) or (spec and not attached):
             raise RuntimeError(
                 f"layer {index} is configured as {spec} but does not compute it; convert the model again"
             )
     return found
 
 
-def layer_geometries(model: PreTrainedModel) -> dict[int, HeadGeometry]:
-    """Return the heads of each layer."""
-    architecture = find_architecture(model)
-    modules = attention_modules(model, architecture)
-    return {index: HeadGeometry(*architecture.heads(module, model.config)) for index, module in modules.items()}
+def softmax_layers(model: PreTrainedModel) -> dict[int, tuple[HeadGeometry, integration.NativeLayer]]:
+    """Return heads and native kind of each attention layer that is not converted."""
+    targets = find_targets(model)
+    return {
+        index: (HeadGeometry(*head_counts(module, model.config)), targets.natives[index])
+        for index, module in targets.modules.items()
+        if not hasattr(module, "effattn")
+    }
 
 
 def _build(model: PreTrainedModel) -> None:
     """Attach mechanisms to a freshly constructed model as its config says (called before weights are loaded)."""
-    architecture = find_architecture(model)
-    modules = attention_modules(model, architecture)
+    targets = find_targets(model)
     specs, version = model.config.effattn["layers"], model.config.effattn.get("version")
     if version != integration.FORMAT_VERSION:
         raise ValueError(
             f"this conversion was saved in format {version}; this hf_effattn reads format {integration.FORMAT_VERSION}"
         )
-    if len(specs) != len(modules):
-        raise ValueError(f"config.effattn describes {len(specs)} layers; the model has {len(modules)}")
+    if len(specs) != len(targets.natives):
+        raise ValueError(f"config.effattn describes {len(specs)} layers; the model has {len(targets.natives)}")
     integration.swap_submodels(model)
     for index, spec in enumerate(specs):
         if spec:
-            new = _make(config_from_dict(spec), architecture, modules[index], model.config)
-            integration.attach(modules[index], new, architecture.cache_argument)
-    _finish(model, architecture, modules)
+            _attach(targets, index, _make(config_from_dict(spec), targets.modules[index], model.config))
+    _finish(model, targets)
 
 
-def _finish(model: PreTrainedModel, architecture: Architecture, modules: dict[int, nn.Module]) -> None:
-    for embedding in position_embeddings(model, architecture):
+def _attach(targets: Targets, index: int, mechanism: Mechanism) -> None:
+    module = targets.modules[index]
+    seam = targets.architecture.seam(module)
+    assert seam is not None
+    assert seam.cache_argument is not None
+    integration.attach(module, mechanism, seam.cache_argument, targets.architecture.forward)
+
+
+def _finish(model: PreTrainedModel, targets: Targets) -> None:
+    for embedding in position_embeddings(model, targets.architecture):
         integration.guard_positions(embedding)
-    everywhere = all(hasattr(module, "effattn") for module in modules.values())
-    if everywhere and model.config._attn_implementation == "sdpa":
+    everywhere = all(hasattr(module, "effattn") for module in targets.modules.values())
+    if everywhere and model.config._attn_implementation == integration.default_implementation(model):
         model.config._attn_implementation_internal = integration.NAME  # so that masks are [B, T], not [B, 1, T, S]
 
 
-def _make(config: MechanismConfig, architecture: Architecture, module: nn.Module, model_config: Any) -> Mechanism:
-    mechanism = make_mechanism(config, HeadGeometry(*architecture.heads(module, model_config)))
+def _make(config: MechanismConfig, module: nn.Module, model_config: Any) -> Mechanism:
+    mechanism = make_mechanism(config, HeadGeometry(*head_counts(module, model_config)))
     parameters = list(module.parameters())
     floating = [p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1]
     dtype = floating[0] if floating else model_config.dtype or torch.get_default_dtype()
@@ -163,5 +174,5 @@ def _freeze_under_peft(model: PreTrainedModel, made: dict[int, Mechanism]) -> No
 def register_architectures() -> None:
     """Make transformers' Auto classes know the converted twins of all supported families."""
     for name in ARCHITECTURES:
-        integration.register_config(getattr(transformers, ARCHITECTURES.get(name).config_class))
+        integration.register_config(name)
     integration.set_builder(_build)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from .convert import converted_layers, layer_geometries
+from .convert import converted_layers, softmax_layers
 
 
 @dataclass(frozen=True)
@@ -89,14 +89,16 @@ def attention_report(model: PreTrainedModel, context_length: int = 4096) -> Atte
     if isinstance(context_length, bool) or not isinstance(context_length, int) or context_length < 1:
         raise ValueError(f"context_length must be an integer of at least 1; got {context_length!r}")
     records = []
-    geometries = layer_geometries(model)
+    softmax = softmax_layers(model)
     for index, mechanism in converted_layers(model).items():
         if mechanism is None:
-            geometry = geometries[index]
-            size = 2 * geometry.num_kv_heads * geometry.head_dim * context_length * model.dtype.itemsize
-            flops = 4 * geometry.num_heads * geometry.head_dim * context_length
+            geometry, native = softmax[index]
+            visible = context_length if native.window is None else min(context_length, native.window)
+            kept = context_length if native.window is None else min(context_length, native.window - 1)
+            size = geometry.num_kv_heads * (geometry.head_dim + geometry.value_dim) * kept * model.dtype.itemsize
+            name = "softmax" if native.window is None else f"softmax (window={native.window}, its own)"
             backend = str(model.config._attn_implementation)
-            records.append(LayerReport(index, "softmax", context_length, size, flops, backend))
+            records.append(LayerReport(index, name, visible, size, geometry.softmax_flops(visible), backend))
             continue
         records.append(
             LayerReport(

@@ -7,7 +7,7 @@ import torch
 from hf_effattn import LinearConfig, SparseConfig
 from hf_effattn.attention import HeadGeometry, make_mechanism
 
-HEADS = HeadGeometry(num_heads=9, num_kv_heads=3, head_dim=64)  # SmolLM2-135M
+HEADS = HeadGeometry(num_heads=9, num_kv_heads=3, head_dim=64, value_dim=64)  # SmolLM2-135M
 SCALE = HEADS.head_dim**-0.5
 CONFIGS = {
     "linear elu": LinearConfig(feature_map="elu", window=0, num_sinks=0),

@@ -1,4 +1,4 @@
-"""The matrix of all laws: every architecture × every mechanism × every backend, read from the registries."""
+"""The matrix of all laws: models × every mechanism × every backend, read from the registries."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
+import families
 import torch
 import transformers
+from families import VOCABULARY
 from transformers import PreTrainedModel
 
 from hf_effattn import LinearConfig, SparseConfig
-from hf_effattn.architectures import ARCHITECTURES
 from hf_effattn.feature_maps import FEATURE_MAPS
 from hf_effattn.ops.sparse import choose_backend
 from hf_effattn.patterns import PATTERNS, Pattern, dilated, global_tokens, make_pattern, sinks, sliding_window
-
-VOCABULARY = 97
-NUM_LAYERS = 2
 
 # A value for every option a pattern may have; small, so that tiny texts meet all cases.
 PATTERN_OPTIONS = {"window": 6, "num_sinks": 2, "positions": (0, 9), "stride": 5, "num_summary": 2}
@@ -79,38 +77,17 @@ DEFAULTS = [
 ]
 
 
-def architectures() -> dict[str, dict[str, Any]]:
-    """Every architecture; those with grouped-query attention also without it."""
-    found = {}
-    for name in ARCHITECTURES:
-        config = getattr(transformers, ARCHITECTURES.get(name).config_class)()
-        if hasattr(config, "num_key_value_heads"):
-            found[f"{name}-gqa"] = {"model_type": name, "num_key_value_heads": 2}
-            found[f"{name}-mha"] = {"model_type": name, "num_key_value_heads": 4}
-        else:
-            found[name] = {"model_type": name}
-    return found
-
-
-MODELS = architectures()
+MODELS: dict[str, dict[str, Any]] = {
+    "llama-gqa": {"model_type": "llama"},
+    "llama-mha": {"model_type": "llama", "num_key_value_heads": 4},
+    "gpt2": {"model_type": "gpt2"},
+}
+"""The models of the whole matrix; `test_families` takes every family through the laws with the default cases."""
 
 
 def tiny_config(model: str, **changes: Any) -> Any:
-    options = dict(MODELS[model])
-    config_class = getattr(transformers, ARCHITECTURES.get(options.pop("model_type")).config_class)
-    return config_class(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=48,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        initializer_range=0.1,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-        **{**options, **changes},
-    )
+    options = {**MODELS[model], **changes}
+    return families.tiny_config(options.pop("model_type"), **options)
 
 
 @functools.cache

@@ -7,8 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import DEFAULTS, MODELS, VOCABULARY, Case, converted_model, tiny_config, tiny_model, tokens
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, DynamicCache, T5Config, T5ForConditionalGeneration
+from families import VOCABULARY
+from matrix import DEFAULTS, MODELS, Case, converted_model, tiny_config, tiny_model, tokens
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartModel,
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import hf_effattn
 from hf_effattn import LinearConfig
@@ -75,11 +85,15 @@ def test_bad_options_are_named_and_change_nothing(
 
 def test_families_without_a_seam_and_encoders_are_refused() -> None:
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    with pytest.raises(ValueError, match="type 'bert' are not supported; supported model types: gpt2, llama"):
+    with pytest.raises(ValueError, match="no causal self-attention in BertModel; models that only encode"):
         BertModel(BertConfig(**small, vocab_size=9)).convert_attention("linear")
     t5 = T5ForConditionalGeneration(T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=9))
-    with pytest.raises(ValueError, match="type 't5' are not supported"):
+    with pytest.raises(ValueError, match="type 't5' are not supported. Supported model types: afmoe, .*llama"):
         t5.convert_attention("linear")
+    bart = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 9}
+    with pytest.raises(ValueError, match="is_encoder_decoder=True"):
+        BartModel(BartConfig(**bart, **heads)).convert_attention("linear")
     with pytest.raises(TypeError, match="PreTrainedModel; got Linear"):
         hf_effattn.convert_attention(torch.nn.Linear(2, 2), "linear")  # type: ignore[type-var]
 
@@ -146,9 +160,16 @@ def test_masks_that_differ_by_head_and_custom_masks_are_refused(model: str, case
 
 @defaults
 @on_every_model
-def test_attention_weights_are_refused(model: str, case: Case) -> None:
-    with pytest.raises(ValueError, match="attention weights|output_attentions"):
-        converted_model(model, case)(IDS, output_attentions=True)
+def test_attention_weights_over_a_past_are_refused(model: str, case: Case) -> None:
+    """Without a past they exist, and give the same output."""
+    net = converted_model(model, case)
+    cache = DynamicCache(config=net.config)
+    with_weights = net(IDS, past_key_values=cache, output_attentions=True)
+    torch.testing.assert_close(with_weights.logits, net(IDS).logits, atol=1e-5, rtol=1e-5)
+    assert all(weights.shape == (2, 4, 20, 20) for weights in with_weights.attentions)
+    assert all((weights.triu(1) == 0).all() for weights in with_weights.attentions)
+    with pytest.raises(ValueError, match="output_attentions=True was given while 20 tokens"):
+        net(IDS[:, :1], past_key_values=cache, output_attentions=True)
 
 
 @defaults

@@ -143,7 +143,7 @@ def test_a_cache_goes_on_under_another_precision_or_mode(model: str, case: Case)
 
 def test_large_scores_decode_in_float16() -> None:
     """Products of queries and keys that leave float16's range before they are scaled."""
-    mechanism = make_mechanism(LinearConfig(window=4, num_sinks=0), HeadGeometry(1, 1, 64)).half()
+    mechanism = make_mechanism(LinearConfig(window=4, num_sinks=0), HeadGeometry(1, 1, 64, 64)).half()
     query, key = ((torch.randn(1, 1, 8, 64) * 5 + 35).half() for _ in range(2))
     value, layer = torch.randn(1, 1, 8, 64).half(), EffAttnCacheLayer()
     whole = mechanism(query, key, value, scale=0.125)
@@ -156,7 +156,7 @@ def test_large_scores_decode_in_float16() -> None:
 @pytest.mark.parametrize("case", [case for case in CASES if case.options["backend"] == "auto"], ids=str)
 def test_everything_stays_on_its_device(case: Case) -> None:
     """On the meta device, where a tensor made elsewhere is an error: prefill of many lengths, then decoding."""
-    mechanism = make_mechanism(make_config(case.mechanism, case.options), HeadGeometry(4, 2, 16)).to("meta")
+    mechanism = make_mechanism(make_config(case.mechanism, case.options), HeadGeometry(4, 2, 16, 16)).to("meta")
     for lengths in ((1100, 10, 1, 1), (128, 10), (1, 1, 300, 1)):
         state = None
         for length in lengths:

@@ -6,7 +6,8 @@ import copy
 
 import pytest
 import torch
-from matrix import CASES, DEFAULTS, MODELS, NUM_LAYERS, Case, tiny_config, tiny_model, tokens
+from families import NUM_LAYERS
+from matrix import CASES, DEFAULTS, MODELS, Case, tiny_config, tiny_model, tokens
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
 import hf_effattn

@@ -1,54 +1,71 @@
-"""What the library must know of a model family, as data."""
+"""What the library must know of a model family, as data: for most, nothing beyond its name."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ..registry import Registry
+from .seam import Seam, find_seam
 
 ARCHITECTURES: Registry[Architecture] = Registry("model type")
+CROSS_ATTENTION = ("encoder_attn", "crossattention", "cross_attn")
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """Facts of one family of causal language models whose attention goes through transformers' AttentionInterface.
+    """Facts of one family of causal language models.
+
+    The defaults hold for every family whose attention goes through transformers' AttentionInterface: its attention
+    modules, heads and cache argument are found on the modules themselves.
 
     Args:
         model_type: transformers' name of the family (`config.model_type`).
-        config_class: Name of its config class in the `transformers` namespace.
-        attention: Name of the child module that holds the self-attention of a block.
-        cache_argument: Keyword under which that module receives the cache.
-        num_heads, num_kv_heads: Names of config attributes with the number of query and key/value heads.
-        head_dim: Name of the attention module's attribute with the head dimension.
-        position_embedding: Name of the child module that embeds learned absolute positions; None for rotary.
-        cross_attention: Name of the config attribute that adds cross-attention, which is not supported; None if there
-            is no such thing.
+        position_embedding: Name of the child module, a plain `nn.Embedding`, that embeds learned absolute positions;
+            None for families without one.
+        attention_class: Name of the attention class of a family without the AttentionInterface.
+        cache_argument: Parameter of that class's forward which receives the cache.
+        forward: What such a class computes in place of its own forward: `forward(module, *args, **kwargs)`.
+        refusal: `refusal(config)` says why a model of the family cannot be converted, or returns None.
     """
 
     model_type: str
-    config_class: str
-    attention: str
-    cache_argument: str = "past_key_values"
-    num_heads: str = "num_attention_heads"
-    num_kv_heads: str = "num_key_value_heads"
-    head_dim: str = "head_dim"
     position_embedding: str | None = None
-    cross_attention: str | None = None
+    attention_class: str | None = None
+    cache_argument: str = "layer_past"
+    forward: Callable[..., Any] | None = None
+    refusal: Callable[[Any], str | None] | None = None
 
     def attention_modules(self, model: nn.Module) -> dict[int, nn.Module]:
-        """Return the self-attention modules of `model` by layer index."""
-        return {
-            module.layer_idx: module
-            for name, module in model.named_modules()
-            if name.rpartition(".")[2] == self.attention and hasattr(module, "layer_idx")
-        }
+        """Return the causal self-attention modules of `model` by layer index.
 
-    def heads(self, module: nn.Module, config: Any) -> tuple[int, int, int]:
-        """Return query heads H, key/value heads G and head dimension D of an attention module."""
-        return getattr(config, self.num_heads), getattr(config, self.num_kv_heads), getattr(module, self.head_dim)
+        Raises:
+            ValueError: if two modules claim one layer.
+        """
+        found: dict[int, nn.Module] = {}
+        for name, module in model.named_modules():
+            if not self._is_self_attention(name, module):
+                continue
+            index = module.layer_idx
+            if index in found:
+                raise ValueError(f"models of type {self.model_type!r} attend more than once in layer {index}")
+            found[index] = module
+        return found
+
+    def seam(self, module: nn.Module) -> Seam | None:
+        """Return how `module` calls the attention function; None if it is no attention that can be converted."""
+        if self.attention_class is not None:
+            return Seam(self.cache_argument) if type(module).__name__ == self.attention_class else None
+        return find_seam(type(module))  # type: ignore[arg-type]
+
+    def _is_self_attention(self, name: str, module: nn.Module) -> bool:
+        if getattr(module, "layer_idx", None) is None or name.rpartition(".")[2] in CROSS_ATTENTION:
+            return False
+        seam = self.seam(module)
+        return seam is not None and seam.cache_argument is not None and getattr(module, "is_causal", True) is True
 
 
 def register(architecture: Architecture) -> Architecture:

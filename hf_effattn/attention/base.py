@@ -18,11 +18,23 @@ MECHANISMS: Registry[type[Mechanism]] = Registry("mechanism")
 
 @dataclass(frozen=True)
 class HeadGeometry:
-    """Number of query heads H, of key/value heads G, and the head dimension D of one attention layer."""
+    """Number of query heads H, of key/value heads G, and the head dimensions of queries and keys, D, and values, V."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    value_dim: int
+
+    def softmax_flops(self, num_keys: int) -> int:
+        """Return the floating-point operations of one query's softmax attention over `num_keys` keys."""
+        return 2 * self.num_heads * (self.head_dim + self.value_dim) * num_keys
+
+    def check(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Raise a ValueError unless the layer's tensors are of this geometry."""
+        given = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
+        expected = (self.num_heads, self.num_kv_heads, self.head_dim, self.value_dim)
+        if given != expected or query.shape[3] != key.shape[3]:
+            raise ValueError(f"the layer was converted for H, G, D, V = {expected}, but attends with {given}")
 
 
 class Call(NamedTuple):
@@ -116,6 +128,7 @@ class Mechanism(nn.Module):
             cache_layer: Where the state lives; None for a call without past and future.
             dropout: Probability with which softmax weights are dropped; linear attention has none.
         """
+        self.geometry.check(query, key, value)
         call = Call(scale, dropout=dropout, keep_state=cache_layer is not None and not cache_layer.record_past)
         if cache_layer is not None:
             return self._attend_cached(query, key, value, segment_ids, cache_layer, call)

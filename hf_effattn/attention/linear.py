@@ -77,17 +77,17 @@ class LinearAttention(Mechanism):
 
     def cache_bytes(self, context_length: int, dtype: torch.dtype) -> int:
         g, features = self.geometry, self.key_map.feature_dim
-        linear = g.num_kv_heads * features * (g.head_dim + 1) * torch.float32.itemsize
+        linear = g.num_kv_heads * features * (g.value_dim + 1) * torch.float32.itemsize
         if not self.config.window:
             return linear
-        return linear + self.store.nbytes(context_length, g.num_kv_heads, g.head_dim, g.head_dim, dtype)
+        return linear + self.store.nbytes(context_length, g.num_kv_heads, g.head_dim, g.value_dim, dtype)
 
     def flops_per_token(self, context_length: int) -> int:
         g = self.geometry
         heads = g.num_heads + g.num_kv_heads
         maps = g.num_heads * self.query_map.flops_per_token + g.num_kv_heads * self.key_map.flops_per_token
-        softmax = 4 * g.num_heads * g.head_dim * self.num_visible(context_length)
-        return 2 * heads * self.key_map.feature_dim * (g.head_dim + 1) + maps + softmax
+        softmax = g.softmax_flops(self.num_visible(context_length))
+        return 2 * heads * self.key_map.feature_dim * (g.value_dim + 1) + maps + softmax
 
     def backend(self) -> str:
         return "chunked" if self.config.backend == "auto" else self.config.backend

@@ -47,10 +47,10 @@ class SparseAttention(Mechanism):
 
     def cache_bytes(self, context_length: int, dtype: torch.dtype) -> int:
         g = self.geometry
-        return self.store.nbytes(context_length, g.num_kv_heads, g.head_dim, g.head_dim, dtype)
+        return self.store.nbytes(context_length, g.num_kv_heads, g.head_dim, g.value_dim, dtype)
 
     def flops_per_token(self, context_length: int) -> int:
-        return 4 * self.geometry.num_heads * self.geometry.head_dim * self.num_visible(context_length)
+        return self.geometry.softmax_flops(self.num_visible(context_length))
 
     def backend(self) -> str:
         return choose_backend(self.pattern, self.config.backend)

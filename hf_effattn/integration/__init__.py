@@ -7,7 +7,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TY
 
 from ..cache import EffAttnCacheLayer
 from .attention import NAME, effattn_attention
-from .binding import attach, detach, is_attached
+from .binding import attach, default_implementation, detach, is_attached
 from .classes import (
     FORMAT_VERSION,
     LAYER_TYPE,
@@ -18,17 +18,24 @@ from .classes import (
     swap_submodels,
 )
 from .masks import effattn_mask
+from .natives import FULL, SLIDING, NativeLayer, native_layers
 from .positions import guard_positions, unguard_positions
 
 __all__ = [
     "FORMAT_VERSION",
+    "FULL",
     "NAME",
+    "SLIDING",
+    "NativeLayer",
     "attach",
     "become_converted",
     "become_original",
+    "default_implementation",
     "detach",
+    "effattn_attention",
     "guard_positions",
     "is_attached",
+    "native_layers",
     "register",
     "register_config",
     "set_builder",

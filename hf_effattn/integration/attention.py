@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,12 +21,16 @@ HARMLESS = frozenset(
         "cache_position",
         "encoder_attention_mask",
         "encoder_hidden_states",
+        "ignore_index",
         "logits_to_keep",
         "num_items_in_batch",
         "output_hidden_states",
+        "output_router_logits",
         "position_embeddings",
         "position_ids",
         "return_dict",
+        "shift_labels",
+        "sliding_window",
         "use_cache",
     }
 )
@@ -42,7 +48,7 @@ def effattn_attention(
     is_causal: bool | None = None,
     output_attentions: bool | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute a converted layer through its mechanism, `module.effattn`.
 
     Args:
@@ -51,35 +57,71 @@ def effattn_attention(
         effattn_layer: The cache layer bound to this call; None without a cache.
 
     Returns:
-        Output `[B, T, H, V]`, and None in place of attention weights, which are never computed.
+        Output `[B, T, H, V]`, and the attention weights `[B, H, T, T]` if they are asked for and there is no past.
 
     Raises:
         ValueError: for anything that cannot be honoured.
     """
     if not hasattr(module, "effattn"):
         raise ValueError(f"attn_implementation {NAME!r} is set by model.convert_attention(...), not by name")
-    _refuse(module, is_causal, output_attentions, kwargs)
+    _refuse(module, is_causal, kwargs)
     num_tokens = query.shape[2]
     num_seen = 0
     if effattn_layer is not None:
         effattn_layer.claim(num_tokens)
         num_seen = effattn_layer.num_seen - num_tokens
-    segment_ids = to_segment_ids(attention_mask, num_tokens, num_seen)
+    wants_weights = _wants_weights(output_attentions)
+    if wants_weights and num_seen:
+        raise ValueError(
+            f"output_attentions=True was given while {num_seen} tokens are in the cache: a state of constant size has "
+            "no weights over them. Attention weights exist for a whole text at once, with no cache or an empty one"
+        )
+    segment_ids = to_segment_ids(attention_mask, num_tokens, num_seen, kwargs.get("sliding_window"))
     if segment_ids is not None and effattn_layer is not None and bool((segment_ids > 1).any()):
         raise ValueError("documents packed into one row cannot share a cache; pass use_cache=False")
-    device = query.device.type
     dtype = _common_dtype(query, key, value)
-    with torch.autocast(device, enabled=False):
-        output = module.effattn(  # type: ignore[operator]
-            query.to(dtype),
-            key.to(dtype),
-            value.to(dtype),
-            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            segment_ids=segment_ids,
-            cache_layer=effattn_layer,
-            dropout=dropout,
-        )
-    return output.transpose(1, 2), None
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    mechanism: Any = module.effattn
+    attend = functools.partial(
+        mechanism,
+        query,
+        key,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        segment_ids=segment_ids,
+        dropout=dropout,
+    )
+    weights = None
+    with torch.autocast(query.device.type, enabled=False):
+        if not wants_weights or effattn_layer is not None:
+            output = attend(value, cache_layer=effattn_layer)
+        if wants_weights:
+            weights = _weights(attend, value)
+            # The output comes from the weights, so that gradients reach them.
+            output = weights @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+    return output.transpose(1, 2), weights
+
+
+def _wants_weights(output_attentions: bool | None) -> bool:
+    """Whether the caller asks for attention weights, by a keyword or through transformers' collector of outputs."""
+    collected = _active_collector.get()
+    return bool(output_attentions) or (collected is not None and "attentions" in collected)
+
+
+def _weights(attend: Callable[[torch.Tensor], torch.Tensor], value: torch.Tensor) -> torch.Tensor:
+    """Return the attention weights `[B, H, T, T]` of a text without a past.
+
+    Every mechanism is linear in the values, so its weights are its output for the identity matrix as values, which
+    comes in parts of V columns.
+
+    Args:
+        attend: Computes the mechanism's output `[B, H, T, V]` from values `[B, G, T, V]`.
+        value: `[B, G, T, V]`, for its shape and dtype.
+    """
+    batch, groups, tokens, width = value.shape
+    columns = -(-tokens // width) * width
+    identity = torch.eye(tokens, columns, dtype=value.dtype, device=value.device).expand(batch, groups, -1, -1)
+    parts = [attend(part) for part in identity.split(width, dim=3)]
+    return torch.cat(parts, dim=3)[..., :tokens]
 
 
 def _common_dtype(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.dtype:
@@ -88,13 +130,7 @@ def _common_dtype(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
     return torch.promote_types(torch.promote_types(query.dtype, key.dtype), value.dtype)
 
 
-def _refuse(module: nn.Module, is_causal: bool | None, output_attentions: bool | None, kwargs: dict[str, Any]) -> None:
-    collected = _active_collector.get()
-    if output_attentions or (collected is not None and "attentions" in collected):
-        raise ValueError(
-            "converted layers compute no attention weights, so output_attentions=True cannot be honoured; call "
-            "revert_attention(), or keep the layers of interest with keep_softmax="
-        )
+def _refuse(module: nn.Module, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
     if is_causal is False:
         raise ValueError("converted layers are causal; is_causal=False is not supported")
     for name, given in kwargs.items():

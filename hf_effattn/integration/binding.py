@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,11 +15,17 @@ from ..cache import EffAttnCacheLayer
 from .attention import NAME
 
 
-def attach(module: nn.Module, mechanism: nn.Module, cache_argument: str) -> None:
+def attach(
+    module: nn.Module, mechanism: nn.Module, cache_argument: str, forward: Callable[..., Any] | None = None
+) -> None:
     """Make `module` compute attention by `mechanism` from its next call on.
 
     The module gets a config of its own that names our attention function, so that a later
     `set_attn_implementation` on the model changes the softmax layers and not this one.
+
+    Args:
+        cache_argument: Parameter of the module's forward that receives the cache.
+        forward: `forward(module, *args, **kwargs)` for modules whose own does not call an attention function by name.
     """
     if is_attached(module):
         detach(module, module.config)
@@ -28,6 +36,8 @@ def attach(module: nn.Module, mechanism: nn.Module, cache_argument: str) -> None
     config._attn_implementation_internal = NAME  # type: ignore[union-attr]
     module.config = config
     module.register_forward_pre_hook(bind_cache, with_kwargs=True)
+    if forward is not None:
+        module.forward = functools.partial(forward, module)
 
 
 def detach(module: nn.Module, config: Any) -> None:
@@ -35,6 +45,7 @@ def detach(module: nn.Module, config: Any) -> None:
     del module.effattn
     module.config = config
     remove_hook(module, bind_cache)
+    vars(module).pop("forward", None)
 
 
 def is_attached(module: nn.Module) -> bool:
@@ -44,6 +55,11 @@ def is_attached(module: nn.Module) -> bool:
         and getattr(module.config, "_attn_implementation", None) == NAME
         and bind_cache in module._forward_pre_hooks.values()
     )
+
+
+def default_implementation(model: Any) -> str:
+    """Return the attention implementation that transformers gives `model` unasked."""
+    return "sdpa" if model._supports_sdpa else "eager"
 
 
 def remove_hook(module: nn.Module, hook: Any) -> None:

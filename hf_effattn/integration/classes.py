@@ -15,10 +15,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from .natives import native_layers
 
 PREFIX = "EffAttn"
 TYPE_PREFIX = "effattn_"
@@ -58,9 +60,8 @@ class EffAttnConfigMixin:
         if not decoder or encoder or not self.effattn:
             return super().get_text_config(decoder=decoder, encoder=encoder)  # type: ignore[misc]
         view = copy.copy(self)
-        native = getattr(self, "layer_types", None) or ["full_attention"] * len(self.effattn["layers"])
-        converted = self.effattn["layers"]
-        view.layer_types = [LAYER_TYPE if spec else kind for kind, spec in zip(native, converted, strict=True)]
+        pairs = zip(native_layers(self), self.effattn["layers"], strict=True)
+        view.layer_types = [LAYER_TYPE if spec else native.kind for native, spec in pairs]
         return view
 
     def to_json_string(self, use_diff: bool = True) -> str:
@@ -162,7 +163,7 @@ def become_converted(model: PreTrainedModel) -> None:
         return
     new = copy.deepcopy(old)
     new.__class__ = config_class(type(old))
-    new.effattn = {"version": FORMAT_VERSION, "layers": [None] * old.num_hidden_layers}
+    new.effattn = {"version": FORMAT_VERSION, "layers": [None] * len(native_layers(old))}
     register_models(type(new))
     _swap(model, old, new, model_class)
 
@@ -194,10 +195,11 @@ def _swap(model: PreTrainedModel, old: Any, new: Any, twin: Callable[[Any], Any]
             dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(module)), module._can_record_outputs)
 
 
-def register_config(base: type[PreTrainedConfig]) -> None:
-    """Register the converted twin of a config class with AutoConfig."""
-    twin = config_class(base)
-    AutoConfig.register(twin.model_type, twin, exist_ok=True)
+def register_config(model_type: str) -> None:
+    """Register the converted twin of a family's config class with AutoConfig; families this release lacks are left."""
+    if model_type in CONFIG_MAPPING:
+        twin = config_class(CONFIG_MAPPING[model_type])
+        AutoConfig.register(twin.model_type, twin, exist_ok=True)
 
 
 def register_models(twin: type[PreTrainedConfig]) -> None:

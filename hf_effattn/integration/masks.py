@@ -51,7 +51,7 @@ def effattn_mask(
     return None if bool((segment_ids[:, -1] == 1).all()) else segment_ids
 
 
-def to_segment_ids(mask: Any, num_tokens: int, num_seen: int) -> torch.Tensor | None:
+def to_segment_ids(mask: Any, num_tokens: int, num_seen: int, window: int | None = None) -> torch.Tensor | None:
     """Read the mask a converted layer receives.
 
     Args:
@@ -59,6 +59,7 @@ def to_segment_ids(mask: Any, num_tokens: int, num_seen: int) -> torch.Tensor | 
             additive, which models with some softmax layers build for these.
         num_tokens: T, the new tokens.
         num_seen: Tokens in the cache.
+        window: Window of the layer before it was converted, to which a 4-D mask may be cut; the mechanism replaces it.
 
     Raises:
         ValueError: for masks that are more than causality, padding and packing.
@@ -73,13 +74,13 @@ def to_segment_ids(mask: Any, num_tokens: int, num_seen: int) -> torch.Tensor | 
     if mask.ndim == 2:
         segment_ids = mask[:, -num_tokens:].long()
     elif mask.ndim == 4:
-        segment_ids = _from_full_mask(mask, num_tokens, num_seen)
+        segment_ids = _from_full_mask(mask, num_tokens, num_seen, window)
     else:
         raise ValueError(f"attention_mask must be [B, T] (1 = keep), or None; got shape {list(mask.shape)}")
     return None if bool((segment_ids == 1).all()) else segment_ids
 
 
-def _from_full_mask(mask: torch.Tensor, num_tokens: int, num_seen: int) -> torch.Tensor:
+def _from_full_mask(mask: torch.Tensor, num_tokens: int, num_seen: int, window: int | None) -> torch.Tensor:
     if mask.shape[1] != 1:
         raise ValueError(
             f"attention_mask of shape {list(mask.shape)} differs by head; converted layers take padding masks [B, T]"
@@ -91,8 +92,9 @@ def _from_full_mask(mask: torch.Tensor, num_tokens: int, num_seen: int) -> torch
             raise ValueError("attention_mask has values other than 0 and minus infinity: biases are not supported")
         visible = mask == 0
     visible = visible[:, 0]  # [B, T, S]
-    # Where no layer is softmax, our caches make transformers leave out the past; static caches add columns at the end.
-    num_past = 0 if visible.shape[2] == num_tokens else num_seen
+    # Where no layer is softmax, our caches make transformers leave out the past; windows leave out most of it; static
+    # caches add columns at the end.
+    num_past = min(num_seen, max(visible.shape[2] - num_tokens, 0))
     new = visible[:, :, num_past : num_past + num_tokens]
     if new.shape[2] != num_tokens:
         raise ValueError(
@@ -101,7 +103,7 @@ def _from_full_mask(mask: torch.Tensor, num_tokens: int, num_seen: int) -> torch
         )
     real = new.diagonal(dim1=1, dim2=2)  # [B, T]
     index = torch.arange(num_tokens, device=mask.device)
-    if num_seen:  # the one document that a cache holds goes on
+    if num_seen or window == 1:  # the one document that a cache holds goes on
         segment_ids = real.long()
     else:
         latest = torch.where(real, index, -1).cummax(dim=1).values  # last real token up to and including each
@@ -111,10 +113,25 @@ def _from_full_mask(mask: torch.Tensor, num_tokens: int, num_seen: int) -> torch
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     expected = same & real[:, None, :] & (index[:, None] >= index)
     past = visible[:, :, :num_past]
-    agree = (new == expected).all(dim=2) & (past == past[:, -1:]).all(dim=2)
-    if not bool((agree | ~real).all()):
+    if not any(_agrees(new, past, real, expected, cut) for cut in {None, window}):
         raise ValueError(
             "custom 4-D attention masks are not supported by converted layers: only causality, padding and packed "
             "documents are"
         )
     return segment_ids
+
+
+def _agrees(
+    new: torch.Tensor, past: torch.Tensor, real: torch.Tensor, expected: torch.Tensor, window: int | None
+) -> bool:
+    """Whether all real queries see what is expected of the new tokens `[B, T, T]` and all real tokens of the past
+    `[B, T, S']`, both cut to a window."""
+    tokens, num_past = past.shape[1:]
+    if window is not None:
+        query = torch.arange(tokens, device=new.device)[:, None] + num_past
+        inside = query - torch.arange(num_past + tokens, device=new.device) < window
+    else:
+        inside = new.new_ones(tokens, num_past + tokens)
+    known = (past & real[:, :, None]).any(dim=1, keepdim=True)
+    agree = (new == (expected & inside[:, num_past:])).all(dim=2) & (past == (known & inside[:, :num_past])).all(dim=2)
+    return bool((agree | ~real).all())

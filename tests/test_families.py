@@ -1,0 +1,197 @@
+"""The laws over every supported family: identity, one answer, padding, generation, reversal, saving."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import families
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from matrix import DEFAULTS, Case, left_padded, positions_of, shake, tokens
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+
+import hf_effattn
+from hf_effattn.architectures import REFUSED
+from hf_effattn.architectures.seam import find_seam
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in hf_effattn.supported_models() if name in CONFIG_MAPPING},
+    "falcon-grouped": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-multihead": ("falcon", {"multi_query": False}),
+    "gpt_bigcode-multihead": ("gpt_bigcode", {"multi_query": False}),
+}
+every_family = pytest.mark.parametrize("variant", VARIANTS)
+defaults = pytest.mark.parametrize("case", DEFAULTS, ids=str)
+IDS = tokens(2, 30)
+ROWS = [tokens(11, seed=3), tokens(25, seed=4)]
+WIDE = Case("wide", "sparse", {"window": 64, "num_sinks": 2})
+
+
+@functools.lru_cache(maxsize=4)
+def model_of(variant: str, case: Case | None) -> PreTrainedModel:
+    model_type, changes = VARIANTS[variant]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(families.tiny_config(model_type, **changes)).eval()
+    return shake(model.convert_attention(case.mechanism, **case.options)) if case else model
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor = IDS, **options: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(ids, **options).logits
+
+
+def padded(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Logits of `ROWS` in one left-padded batch."""
+    ids, mask = left_padded(ROWS)
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    # Families that learn positions from BERT's line count them from the token ids, with an offset.
+    own_positions = not takes_positions or model.config.model_type.removeprefix("effattn_") in COUNT_THEIR_POSITIONS
+    options = {} if own_positions else {"position_ids": positions_of(mask)}
+    out = logits(model, ids, attention_mask=mask, use_cache=False, **options)
+    return [out[index, -len(row) :] for index, row in enumerate(ROWS)]
+
+
+COUNT_THEIR_POSITIONS = (
+    "camembert",
+    "data2vec-text",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+)
+
+
+def near(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal to 1e-5 of the largest logit: random models of some families have logits in the tens."""
+    scale = max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(actual, expected, atol=1e-5 * scale, rtol=0)
+
+
+@every_family
+def test_a_window_longer_than_the_text_changes_nothing(variant: str) -> None:
+    dense, converted = model_of(variant, None), model_of(variant, WIDE)
+    near(logits(converted, use_cache=False), logits(dense, use_cache=False))
+    for actual, expected in zip(padded(converted), padded(dense), strict=True):
+        near(actual, expected)
+
+
+@defaults
+@every_family
+def test_one_answer(variant: str, case: Case) -> None:
+    model = model_of(variant, case)
+    full, cache = logits(model, use_cache=False), DynamicCache(config=model.config)
+    assert not torch.allclose(full, logits(model_of(variant, None), use_cache=False), atol=1e-4), (
+        "nothing was converted"
+    )
+    cuts = ((0, 9), (9, 10), (10, 11), (11, 25), (25, 30))
+    near(torch.cat([logits(model, IDS[:, a:b], past_key_values=cache) for a, b in cuts], dim=1), full)
+
+
+@defaults
+@every_family
+def test_padding_is_no_worse_than_in_the_dense_model(variant: str, case: Case) -> None:
+    """Families whose own logits change with left padding (they place tokens by column) are left out."""
+    dense, model = model_of(variant, None), model_of(variant, case)
+    for actual, row in zip(padded(dense), ROWS, strict=True):
+        if not torch.allclose(actual, logits(dense, row[None], use_cache=False)[0], atol=1e-3):
+            pytest.skip("the dense model itself depends on padding")
+    for actual, row in zip(padded(model), ROWS, strict=True):
+        near(actual, logits(model, row[None], use_cache=False)[0])
+
+
+@defaults
+@every_family
+def test_generation_with_the_cache_is_generation_without(variant: str, case: Case) -> None:
+    model = model_of(variant, case)
+    ids, mask = left_padded(ROWS)
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    for beams in (1, 2):
+        expected = model.generate(ids, use_cache=False, num_beams=beams, **options)
+        assert torch.equal(model.generate(ids, num_beams=beams, **options), expected)
+
+
+@every_family
+def test_conversion_is_saved_and_undone(variant: str, tmp_path: Path) -> None:
+    model_type, changes = VARIANTS[variant]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(families.tiny_config(model_type, **changes)).eval()
+    before, kind, config = logits(model, use_cache=False), type(model), model.config.to_dict()
+    shake(model.convert_attention("linear", window=6, num_sinks=2))
+    expected = logits(model, use_cache=False)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(model)
+    torch.testing.assert_close(logits(loaded, use_cache=False), expected, atol=1e-6, rtol=0)
+    assert str(loaded.attention_report(100)) == str(model.attention_report(100))
+    with pytest.raises((StrictDataclassError, ValueError)):  # by the guard, or by a check of the family before it
+        kind.from_pretrained(tmp_path)
+    model.revert_attention()
+    assert type(model) is kind
+    assert torch.equal(logits(model, use_cache=False), before)
+    after = model.config.to_dict()
+    assert {**after, "architectures": None, "dtype": None} == {**config, "architectures": None, "dtype": None}
+
+
+@every_family
+def test_the_report_is_what_the_cache_holds(variant: str) -> None:
+    for case in DEFAULTS:
+        model = model_of(variant, case)
+        cache = DynamicCache(config=model.config)
+        logits(model, IDS[:1], past_key_values=cache)
+        for layer in model.attention_report(30).layers:
+            if not layer.mechanism.startswith("softmax"):
+                assert cache.layers[layer.index].nbytes() == layer.cache_bytes
+
+
+@pytest.mark.parametrize("model_type", [name for name in REFUSED if name in CONFIG_MAPPING and name != "mamba2"])
+def test_refused_families_say_why(model_type: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(families.tiny_config(model_type))
+    with pytest.raises(ValueError, match=re.escape(REFUSED[model_type])):
+        model.convert_attention("linear")
+
+
+def test_a_composite_model_names_its_text_model() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["gemma3"]())
+    with pytest.raises(ValueError, match=r"'gemma3' are not supported\. Convert its text model \(type 'gemma3_text'\)"):
+        model.convert_attention("linear")
+
+
+@pytest.mark.parametrize("softcap", [30.0, None])
+def test_the_seam_itself_tells_soft_capping(softcap: float | None) -> None:
+    """A family that nobody listed is still judged by what its attention passes on."""
+    model = AutoModelForCausalLM.from_config(families.tiny_config("gemma2", attn_logit_softcapping=softcap))
+    module = model.model.layers[0].self_attn
+    problems = list(find_seam(type(module)).problems(module))
+    expected = "it passes softcap=self.attn_logit_softcapping, which changes the scores"
+    assert problems == ([expected] if softcap else [])
+
+
+def test_layers_with_a_window_of_their_own_stay_unless_asked_for() -> None:
+    model = AutoModelForCausalLM.from_config(families.tiny_config("gemma3_text")).eval()
+    kinds = [layer.mechanism for layer in model.convert_attention("linear").attention_report(9000).layers]
+    assert kinds[0] == "softmax (window=4096, its own)"
+    assert kinds[1].startswith("linear")
+    model.convert_attention("linear", layers=[0])
+    assert all(x.mechanism.startswith("linear") for x in model.attention_report().layers)
+    all_windows = AutoModelForCausalLM.from_config(families.tiny_config("mistral", sliding_window=8))
+    all_windows.convert_attention("linear")
+    assert all(x.mechanism.startswith("linear") for x in all_windows.attention_report().layers)
+
+
+def test_layers_without_softmax_attention_are_named() -> None:
+    model = AutoModelForCausalLM.from_config(families.tiny_config("qwen3_next"))
+    with pytest.raises(ValueError, match="layer 0, which is of type 'linear_attention'.*valid: 1"):
+        model.convert_attention("linear", layers=[0])
+    model.convert_attention("linear")
+    assert [layer.index for layer in model.attention_report().layers] == [1]
+
+
+def test_enough_families_are_supported() -> None:
+    assert len(hf_effattn.supported_models()) >= 95
