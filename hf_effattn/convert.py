@@ -53,8 +53,7 @@ def convert_attention(
     refuse_offloaded(model)
     config = make_config(mechanism, options)
     made = {
-        index: _make(config, targets.modules[index], model.config)
-        for index in choose_layers(targets, layers, keep_softmax)
+        index: _make(config, targets.modules[index], model) for index in choose_layers(targets, layers, keep_softmax)
     }
     _freeze_under_peft(model, made)
     integration.become_converted(model)
@@ -126,7 +125,7 @@ def _build(model: PreTrainedModel) -> None:
     integration.swap_submodels(model)
     for index, spec in enumerate(specs):
         if spec:
-            _attach(targets, index, _make(config_from_dict(spec), targets.modules[index], model.config))
+            _attach(targets, index, _make(config_from_dict(spec), targets.modules[index], model))
     _finish(model, targets)
 
 
@@ -146,11 +145,12 @@ def _finish(model: PreTrainedModel, targets: Targets) -> None:
         model.config._attn_implementation_internal = integration.NAME  # so that masks are [B, T], not [B, 1, T, S]
 
 
-def _make(config: MechanismConfig, module: nn.Module, model_config: Any) -> Mechanism:
-    mechanism = make_mechanism(config, HeadGeometry(*head_counts(module, model_config)))
-    parameters = list(module.parameters())
+def _make(config: MechanismConfig, module: nn.Module, model: PreTrainedModel) -> Mechanism:
+    mechanism = make_mechanism(config, HeadGeometry(*head_counts(module, model.config)))
+    # Quantised projections may have no floating-point parameters, or none at all: then the model's are asked.
+    parameters = [*module.parameters(), *model.parameters()]
     floating = [p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1]
-    dtype = floating[0] if floating else model_config.dtype or torch.get_default_dtype()
+    dtype: Any = floating[0] if floating else model.config.dtype or torch.get_default_dtype()
     mechanism.train(module.training)
     if parameters[0].is_meta:
         return mechanism.to(dtype=dtype)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from families import VOCABULARY
 from matrix import DEFAULTS, MODELS, ONE_CASE_EACH, Case, converted_model, left_padded, shake, tiny_model, tokens
-from transformers import DynamicCache, GenerationConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, pipeline
+from transformers.generation.streamers import BaseStreamer
 
 on_every_model = pytest.mark.parametrize("model", MODELS)
 defaults = pytest.mark.parametrize("case", DEFAULTS, ids=str)
@@ -41,7 +46,7 @@ def test_a_left_padded_batch_generates_what_its_rows_do(model: str, case: Case) 
     ],
     ids=str,
 )
-@defaults
+@pytest.mark.parametrize("case", ONE_CASE_EACH, ids=str)
 @on_every_model
 def test_ways_of_generating_agree_with_no_cache(model: str, case: Case, options: dict) -> None:
     net, ids = converted_model(model, case), tokens(2, 14)
@@ -50,7 +55,7 @@ def test_ways_of_generating_agree_with_no_cache(model: str, case: Case, options:
     assert torch.equal(net.generate(ids, **NEW, **options), expected)
 
 
-@defaults
+@pytest.mark.parametrize("case", ONE_CASE_EACH, ids=str)
 @on_every_model
 def test_assisted_decoding_is_lossless(model: str, case: Case) -> None:
     """Rejected drafts are rolled back exactly, which recurrent states don't offer in transformers itself."""
@@ -59,6 +64,9 @@ def test_assisted_decoding_is_lossless(model: str, case: Case) -> None:
     expected = net.generate(ids, **NEW)
     assert torch.equal(net.generate(ids, prompt_lookup_num_tokens=3, **NEW), expected)
     assert torch.equal(net.generate(ids, assistant_model=tiny_model(model), **NEW), expected)
+    assert torch.equal(
+        tiny_model(model).generate(ids, assistant_model=net, **NEW), tiny_model(model).generate(ids, **NEW)
+    )
 
 
 @defaults
@@ -98,3 +106,62 @@ def test_sampling_is_reproducible(model: str, case: Case) -> None:
     torch.manual_seed(7)
     config.use_cache = False
     assert torch.equal(net.generate(ids, generation_config=config), with_cache)
+
+
+@defaults
+@on_every_model
+def test_embeddings_streamers_and_guidance(model: str, case: Case) -> None:
+    net, ids = converted_model(model, case), tokens(1, 12)
+    expected = net.generate(ids, **NEW)
+    embedded = net.get_input_embeddings()(ids)
+    assert torch.equal(net.generate(inputs_embeds=embedded, **NEW), expected[:, 12:])
+    streamed: list[int] = []
+
+    class Streamer(BaseStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            streamed.extend(value.flatten().tolist())
+
+        def end(self) -> None:
+            streamed.append(-1)
+
+    net.generate(ids, streamer=Streamer(), **NEW)
+    assert streamed == [*expected[0].tolist(), -1]
+    guided = {"guidance_scale": 1.5, "negative_prompt_ids": tokens(1, 7, seed=8), **NEW}
+    assert torch.equal(net.generate(ids, **guided), net.generate(ids, use_cache=False, **guided))
+
+
+@defaults
+@on_every_model
+def test_the_pipeline_takes_a_converted_folder(model: str, case: Case, tmp_path: Path) -> None:
+    net = converted_model(model, case)
+    net.save_pretrained(tmp_path)
+    vocabulary = {f"w{index}": index for index in range(VOCABULARY)}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", padding_side="left").save_pretrained(tmp_path)
+    generate = pipeline("text-generation", str(tmp_path))
+    prompts = ["w5 w6 w7", "w9 w10 w11 w12 w13 w14 w15 w16 w17"]
+    together = generate(prompts, batch_size=2, return_full_text=False, **NEW)
+    for prompt, answer in zip(prompts, together, strict=True):
+        ids = torch.tensor([[int(word[1:]) for word in prompt.split()]])
+        new = net.generate(ids, **NEW)[0, ids.shape[1] :]
+        assert answer[0]["generated_text"].split() == [f"w{int(index)}" for index in new]
+
+
+@defaults
+@on_every_model
+def test_an_offloaded_cache_of_converted_layers_stays_on_the_device(model: str, case: Case) -> None:
+    net, ids = converted_model(model, case), tokens(1, 12)
+    cache = DynamicCache(config=net.config)
+    cache.offloading = True  # what cache_implementation="offloaded" sets, where there is an accelerator
+    assert torch.equal(net.generate(ids, past_key_values=cache, **NEW), net.generate(ids, **NEW))
+
+
+@defaults
+@on_every_model
+def test_caches_that_cannot_hold_a_state_are_refused(model: str, case: Case) -> None:
+    net, ids = converted_model(model, case), tokens(1, 12)
+    with pytest.raises((ValueError, ImportError), match="effattn|quanto|hqq"):
+        net.generate(ids, cache_implementation="quantized", **NEW)
+    with pytest.raises(ValueError, match="not supported for continuous batching"):
+        net.generate_batch([ids[0].tolist()], generation_config=GenerationConfig(**NEW))

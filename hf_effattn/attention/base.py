@@ -114,7 +114,7 @@ class Mechanism(nn.Module):
         value: torch.Tensor,
         *,
         scale: float,
-        segment_ids: torch.Tensor | None = None,
+        segments: torch.Tensor | None = None,
         cache_layer: EffAttnCacheLayer | None = None,
         dropout: float = 0.0,
     ) -> torch.Tensor:
@@ -123,34 +123,43 @@ class Mechanism(nn.Module):
         Args:
             query: `[B, H, T, D]`; key `[B, G, T, D]`; value `[B, G, T, V]`.
             scale: Factor of the softmax scores.
-            segment_ids: `[B, T]`, 0 for padding, k for the k-th document packed into the row; None for one document
-                without padding.
+            segments: `[B, T]`: booleans, True = keep; or integers, 0 for padding and k for the k-th document packed
+                into the row. None for one document without padding.
             cache_layer: Where the state lives; None for a call without past and future.
             dropout: Probability with which softmax weights are dropped; linear attention has none.
         """
         self.geometry.check(query, key, value)
         call = Call(scale, dropout=dropout, keep_state=cache_layer is not None and not cache_layer.record_past)
         if cache_layer is not None:
-            return self._attend_cached(query, key, value, segment_ids, cache_layer, call)
-        if segment_ids is None or _only_trailing_padding(segment_ids):
+            return self._attend_cached(query, key, value, segments, cache_layer, call)
+        if segments is None or _only_trailing_padding(segments):
             return self.attend(None, query, key, value, call)[0]
+        if segments.dtype == torch.bool:
+            front = ragged.front(segments)
+            return front.scatter(
+                self.attend(None, front.gather(query), front.gather(key), front.gather(value), call)[0]
+            )
         batch, heads, tokens, _ = query.shape
         output = query.new_zeros(batch * tokens, heads, value.shape[-1])
-        for rows in ragged.documents(segment_ids):
+        for rows in ragged.documents(segments):
             part, _ = self.attend(None, rows.gather(query), rows.gather(key), rows.gather(value), call)
             output = rows.scatter(part, output)
         return output.view(batch, tokens, heads, -1).transpose(1, 2)
+
+    def fixed(self, state: Any, max_length: int) -> Any:
+        """Return `state` in tensors whose shapes stay the same for texts of up to `max_length` tokens, and without
+        numbers that change from call to call: what a static cache holds, so that a compiled step is compiled once."""
+        raise NotImplementedError
 
     def _attend_cached(
         self,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        segment_ids: torch.Tensor | None,
+        mask: torch.Tensor | None,
         cache_layer: EffAttnCacheLayer,
         call: Call,
     ) -> torch.Tensor:
-        mask = None if segment_ids is None else segment_ids > 0
         state = cache_layer.past(lambda state, tokens: self._advance(state, tokens, call.scale))
         call = call._replace(in_place=not (cache_layer.record_past or torch.is_grad_enabled()))
         if mask is None:
@@ -159,8 +168,9 @@ class Mechanism(nn.Module):
             rows = ragged.front(mask)
             call = call._replace(lengths=rows.lengths)
             output, state = self.attend(state, rows.gather(query), rows.gather(key), rows.gather(value), call)
-            flat = rows.scatter(output, output.new_zeros(mask.numel(), *output.shape[1::2]))
-            output = flat.view(*mask.shape, *flat.shape[1:]).transpose(1, 2)
+            output = rows.scatter(output)
+        if cache_layer.max_length is not None:
+            state = self.fixed(state, cache_layer.max_length)
         cache_layer.commit(state, Pending(key, value, mask))
         return output
 
@@ -175,7 +185,10 @@ class Mechanism(nn.Module):
         return self.attend(state, query, key, value, call)[1]
 
 
-def _only_trailing_padding(segment_ids: torch.Tensor) -> bool:
-    """Whether each row is one document from its first token on, followed by nothing but padding."""
-    one_document = segment_ids[:, :1] * (segment_ids > 0)
-    return bool((segment_ids == one_document).all() and (segment_ids[:, 1:] <= segment_ids[:, :-1]).all())
+def _only_trailing_padding(segments: torch.Tensor) -> bool:
+    """Whether each row is one document from its first token on, followed by nothing but padding, as far as can be told
+    without breaking a graph that is being compiled."""
+    if torch.compiler.is_compiling():
+        return False
+    one_document = segments[:, :1] * (segments > 0)
+    return bool((segments == one_document).all() and (segments[:, 1:] <= segments[:, :-1]).all())

@@ -72,6 +72,11 @@ class LinearAttention(Mechanism):
             return self._attend_one(state, query, key, value, call)
         return self._attend_hybrid(state, query, key, value, call)
 
+    def fixed(self, state: LinearState | HybridState, max_length: int) -> LinearState | HybridState:
+        if isinstance(state, LinearState):
+            return state
+        return state._replace(window=self.store.fixed(state.window, max_length))
+
     def num_visible(self, context_length: int) -> int:
         return min(context_length, self.config.window + self.num_sinks)
 
@@ -137,6 +142,10 @@ class LinearAttention(Mechanism):
         output, linear = hybrid_attention(
             query, stream, state.linear, self._options(call), lengths=call.lengths, backend=self.backend()
         )
+        if torch.is_grad_enabled() and state.window.most == 0 and query.shape[2] <= self.config.window:
+            # Nothing has reached the linear part. Its parameters still get a gradient, zero, since training in several
+            # processes waits for one from each of them.
+            output = output + sum(0.0 * p.sum() for p in self.parameters() if p.requires_grad)
         window = self.store.append(state.window, key, value, call.lengths) if call.keep_state else state.window
         return output, HybridState(linear, window)
 

@@ -42,6 +42,9 @@ class SparseAttention(Mechanism):
             output = self._attend_positions(state, query, key, value, call)
         return output, self.store.append(state, key, value, call.lengths) if call.keep_state else state
 
+    def fixed(self, state: KeyValueState, max_length: int) -> KeyValueState:
+        return self.store.fixed(state, max_length)
+
     def num_visible(self, context_length: int) -> int:
         return self.pattern.num_visible(context_length - 1)
 

@@ -2,5 +2,6 @@
 
 from .key_value import KeyValueState, KeyValueStore
 from .layer import EffAttnCacheLayer, Pending
+from .static import StaticEffAttnCacheLayer
 
-__all__ = ["EffAttnCacheLayer", "KeyValueState", "KeyValueStore", "Pending"]
+__all__ = ["EffAttnCacheLayer", "KeyValueState", "KeyValueStore", "Pending", "StaticEffAttnCacheLayer"]

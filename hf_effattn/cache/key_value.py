@@ -26,7 +26,7 @@ class KeyValueState(NamedTuple):
         keys, values: `[B, G, S, D]`, `[B, G, S, V]`, in the dtype they came in.
         positions: Position held by each slot `[B, S]`, int64; −1 for an empty one.
         num_tokens: Real tokens each row has seen `[B]`, int64: the position of its next token.
-        least, most: Bounds of `num_tokens` over the rows, known without asking the device.
+        least, most: Bounds of `num_tokens` over the rows, known without asking the device; loose ones are only slower.
     """
 
     keys: torch.Tensor
@@ -81,12 +81,17 @@ class KeyValueStore:
             in_place: Whether the tensors of `state` may be overwritten.
         """
         tokens = key.shape[2]
-        in_place = in_place and (not state.keys.is_inference() or torch.is_inference_mode_enabled())
-        if tokens == 1 and lengths is None and in_place and state.least > self._last_pinned:
+        if in_place and not torch.compiler.is_compiling():
+            in_place = not state.keys.is_inference() or torch.is_inference_mode_enabled()
+        if tokens == 1 and lengths is None and in_place:
             return self._append_one(state, key, value)
         added = key.new_full((key.shape[0],), tokens, dtype=torch.int64) if lengths is None else lengths
         num_tokens = state.num_tokens + added
-        least = state.least + (tokens if lengths is None else int(lengths.min()))
+        least = state.least
+        if lengths is None:
+            least += tokens
+        elif not torch.compiler.is_compiling():  # a lower bound all the same, and no question to the device
+            least += int(lengths.min())
         state = self._grown(state, self.num_slots(state.most + tokens))
         wanted = self._held(num_tokens, state.keys.shape[2])  # [B, S]
         source = wanted - state.num_tokens[:, None]
@@ -97,6 +102,15 @@ class KeyValueStore:
             for x, old in ((key, state.keys), (value, state.values))
         )
         return KeyValueState(keys, values, wanted, num_tokens, least, state.most + tokens)
+
+    def fixed(self, state: KeyValueState, max_length: int) -> KeyValueState:
+        """Return `state` with every slot that `max_length` tokens need, and bounds that no step moves."""
+        slots = self.num_slots(max_length)
+        state = self._grown(state, slots)
+        keys, values = state.keys[:, :, :slots], state.values[:, :, :slots]
+        return state._replace(
+            keys=keys, values=values, positions=state.positions[:, :slots], least=0, most=max_length - 1
+        )
 
     def leaving(
         self, state: KeyValueState, lengths: torch.Tensor | None = None
@@ -153,6 +167,14 @@ class KeyValueStore:
         offset = position - self.num_leading
         return len(self.pinned) + (offset if self.window is None else offset % self.window)
 
+    def _slots(self, positions: torch.Tensor) -> torch.Tensor:
+        """Slot that each of `positions` `[B]` takes."""
+        slots = self._ring_slot(positions)
+        if not self.pinned:
+            return slots
+        is_pinned = positions[:, None] == torch.tensor(self.pinned, device=positions.device)
+        return torch.where(is_pinned.any(dim=1), is_pinned.to(torch.uint8).argmax(dim=1), slots)
+
     def _held(self, num_tokens: torch.Tensor, slots: int) -> torch.Tensor:
         """Position that each slot holds after `num_tokens` `[B]` tokens, −1 for none, `[B, slots]`."""
         ring = torch.arange(slots - len(self.pinned), device=num_tokens.device)
@@ -193,13 +215,13 @@ class KeyValueStore:
 
     def _append_one(self, state: KeyValueState, key: torch.Tensor, value: torch.Tensor) -> KeyValueState:
         state = self._grown(state, self.num_slots(state.most + 1))
-        if state.least == state.most:
+        if state.least == state.most and state.least > self._last_pinned:
             slot = self._ring_slot(state.most)
             state.keys[:, :, slot] = key[:, :, 0]
             state.values[:, :, slot] = value[:, :, 0]
             state.positions[:, slot] = state.most
         else:
-            slots = self._ring_slot(state.num_tokens)[:, None]  # [B, 1]
+            slots = self._slots(state.num_tokens)[:, None]  # [B, 1]
             for old, new in ((state.keys, key), (state.values, value)):
                 old.scatter_(2, slots[:, None, :, None].expand_as(new), new)
             state.positions.scatter_(1, slots, state.num_tokens[:, None])

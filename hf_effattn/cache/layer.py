@@ -35,6 +35,7 @@ class EffAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
 
     is_compileable = False
     is_sliding = False
+    max_length: int | None = None  # tokens a static cache makes room for
     supports_early_init = False
     is_croppable = True
 
@@ -159,13 +160,10 @@ class EffAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self._map(lambda x: x[indices.to(x.device)])
 
     def offload(self) -> None:
-        self._device = next((x.device for x in pytree.tree_leaves(self.state) if isinstance(x, torch.Tensor)), None)
-        self._map(lambda x: x.to("cpu", non_blocking=True))
+        """Nothing to do: the state is about to be read, and where it is of constant size it is small."""
 
     def prefetch(self) -> None:
-        device = getattr(self, "_device", None)
-        if device is not None:
-            self._map(lambda x: x.to(device, non_blocking=True))
+        """Nothing to do: the state was not offloaded."""
 
     def lazy_initialization(self, *_: Any, **__: Any) -> None:
         """Nothing to do: the mechanism makes the state when the first tokens come."""

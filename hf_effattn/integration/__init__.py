@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TYPE_MAPPING
 
-from ..cache import EffAttnCacheLayer
+from ..cache import EffAttnCacheLayer, StaticEffAttnCacheLayer
 from .attention import NAME, effattn_attention
 from .binding import attach, default_implementation, detach, is_attached
 from .classes import (
@@ -49,4 +49,4 @@ def register() -> None:
     AttentionInterface.register(NAME, effattn_attention)
     AttentionMaskInterface.register(NAME, effattn_mask)
     DYNAMIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = EffAttnCacheLayer
-    STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = EffAttnCacheLayer
+    STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = StaticEffAttnCacheLayer

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.utils.output_capturing import _active_collector
 
 from ..cache import EffAttnCacheLayer
-from .masks import to_segment_ids
+from .masks import read_mask
 
 NAME = "hf_effattn"
 
@@ -53,7 +53,7 @@ def effattn_attention(
 
     Args:
         query: `[B, H, T, D]`; key `[B, G, T, D]`; value `[B, G, T, V]`, after rotary, heads not repeated.
-        attention_mask: None, segment ids, or one of transformers' masks; see `to_segment_ids`.
+        attention_mask: None, segments, or one of transformers' masks; see `read_mask`.
         effattn_layer: The cache layer bound to this call; None without a cache.
 
     Returns:
@@ -76,8 +76,8 @@ def effattn_attention(
             f"output_attentions=True was given while {num_seen} tokens are in the cache: a state of constant size has "
             "no weights over them. Attention weights exist for a whole text at once, with no cache or an empty one"
         )
-    segment_ids = to_segment_ids(attention_mask, num_tokens, num_seen, kwargs.get("sliding_window"))
-    if segment_ids is not None and effattn_layer is not None and bool((segment_ids > 1).any()):
+    segments = read_mask(attention_mask, num_tokens, num_seen, kwargs.get("sliding_window"))
+    if segments is not None and effattn_layer is not None and segments.dtype != torch.bool:
         raise ValueError("documents packed into one row cannot share a cache; pass use_cache=False")
     dtype = _common_dtype(query, key, value)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -87,7 +87,7 @@ def effattn_attention(
         query,
         key,
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        segment_ids=segment_ids,
+        segments=segments,
         dropout=dropout,
     )
     weights = None

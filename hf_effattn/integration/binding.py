@@ -79,6 +79,8 @@ def bind_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
             f"converted layers keep their state in a transformers Cache (DynamicCache); got {type(cache).__name__}"
         )
     layer = own_layer(cache, module.layer_idx)  # type: ignore[arg-type]
+    if cache.offloading and all(isinstance(each, EffAttnCacheLayer) for each in cache.layers):
+        cache.offloading = False  # nothing to offload, where transformers expects at least one layer
     _refuse_packing(kwargs)
     layer.bind(module.effattn.cache_owner)  # type: ignore[union-attr,arg-type]
     return args, {**kwargs, "effattn_layer": layer}

@@ -1,7 +1,7 @@
-"""From transformers' attention masks to segment ids: what padding and packing mean to a converted layer.
+"""From transformers' attention masks to segments: what padding and packing mean to a converted layer.
 
-Segment ids are `[B, T]`: 0 for padding, k for the k-th document packed into a row. They are linear in the text, where
-transformers' own masks are quadratic.
+Segments say of each new token whether it is padding (booleans), or of which packed document it is (integers, 0 for
+padding). They are linear in the text, where transformers' own masks are quadratic.
 """
 
 from __future__ import annotations
@@ -17,49 +17,69 @@ def effattn_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int | torch.Tensor = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     device: torch.device | str | None = None,
     **_: Any,
 ) -> torch.Tensor | None:
-    """Return the segment ids of the new tokens, or None if all are real and of one document.
+    """Return the segments of the new tokens `[B, 1, 1, T]`, or None if all are real and of one document.
 
-    This is what transformers calls in place of building a mask once every layer of a model is converted.
+    This is what transformers calls in place of building a mask once every layer of a model is converted. It has four
+    dimensions so that transformers takes it for a finished mask where it comes by again.
 
     Args:
         attention_mask: Booleans `[B, tokens seen + T]`, True = keep.
         mask_function: transformers' causal rule; one that knows documents if `position_ids` restart within rows.
     """
     if attention_mask is not None:
-        end = int(q_offset) + q_length
-        if attention_mask.shape[1] < end:
-            raise ValueError(
-                f"attention_mask covers {attention_mask.shape[1]} tokens, but {int(q_offset)} are in the cache and "
-                f"{q_length} are new: it must cover all {end}"
-            )
-        new = attention_mask[:, int(q_offset) : end].bool()
-        return None if bool(new.all()) else new.long()
-    if mask_function is causal_mask_function:
+        return _new_columns(attention_mask.bool(), q_offset, q_length)
+    if mask_function is causal_mask_function or q_length == 1:
         return None
     row = torch.arange(batch_size, device=device)[:, None]
     token = torch.arange(1, q_length, device=device)[None]
     continues = mask_function(row, torch.zeros_like(row), token, token - 1).expand(batch_size, -1)
+    if torch.compiler.is_exporting():  # an exported graph cannot depend on where documents begin
+        torch._assert_async(
+            continues.all(), "an exported model takes one document a row, position_ids without restarts"
+        )
+        return None
     starts = torch.cat((continues.new_ones(batch_size, 1), ~continues), dim=1)
     segment_ids = starts.long().cumsum(dim=1)
-    return None if bool((segment_ids[:, -1] == 1).all()) else segment_ids
+    return None if bool((segment_ids[:, -1] == 1).all()) else segment_ids[:, None, None]
 
 
-def to_segment_ids(mask: Any, num_tokens: int, num_seen: int, window: int | None = None) -> torch.Tensor | None:
-    """Read the mask a converted layer receives.
+def _new_columns(mask: torch.Tensor, seen: int | torch.Tensor, tokens: int) -> torch.Tensor | None:
+    """Columns seen … seen + tokens of `mask` as `[B, 1, 1, tokens]`; None if they are known to be all True."""
+    if torch.compiler.is_compiling():
+        columns = torch.arange(tokens, device=mask.device) + seen
+        return mask.index_select(1, columns)[:, None, None]
+    end = int(seen) + tokens
+    if mask.shape[1] < end:
+        raise ValueError(
+            f"attention_mask covers {mask.shape[1]} tokens, but {int(seen)} are in the cache and {tokens} are new: it "
+            f"must cover all {end}"
+        )
+    new = mask[:, int(seen) : end]
+    return None if bool(new.all()) else new[:, None, None]
+
+
+def read_mask(
+    mask: Any, num_tokens: int, num_seen: int | torch.Tensor, window: int | None = None
+) -> torch.Tensor | None:
+    """Read the mask a converted layer receives as segments.
 
     Args:
-        mask: None; segment ids or 2-D padding `[B, ≥ T]`; or transformers' own 4-D mask `[B, 1, T, S]`, boolean or
-            additive, which models with some softmax layers build for these.
+        mask: None; segments `[B, 1, 1, T]` or 2-D padding `[B, ≥ T]`; or transformers' own 4-D mask `[B, 1, T, S]`,
+            boolean or additive, which models with some softmax layers build for these.
         num_tokens: T, the new tokens.
         num_seen: Tokens in the cache.
         window: Window of the layer before it was converted, to which a 4-D mask may be cut; the mechanism replaces it.
+
+    Returns:
+        `[B, T]`: booleans, True = keep; or integers, 0 for padding and k for the k-th document packed into a row. None
+        if it is known that all tokens are real and of one document.
 
     Raises:
         ValueError: for masks that are more than causality, padding and packing.
@@ -72,19 +92,43 @@ def to_segment_ids(mask: Any, num_tokens: int, num_seen: int, window: int | None
             "layers that stay softmax"
         )
     if mask.ndim == 2:
-        segment_ids = mask[:, -num_tokens:].long()
-    elif mask.ndim == 4:
-        segment_ids = _from_full_mask(mask, num_tokens, num_seen, window)
-    else:
+        segments = mask[:, -num_tokens:].bool()
+    elif mask.ndim != 4:
         raise ValueError(f"attention_mask must be [B, T] (1 = keep), or None; got shape {list(mask.shape)}")
-    return None if bool((segment_ids == 1).all()) else segment_ids
+    elif num_tokens == 1:
+        segments = _of_one_token(mask, num_seen)
+    elif mask.shape[1:3] == (1, 1) and mask.shape[3] == num_tokens:
+        segments = mask[:, 0, 0]
+    else:
+        segments = _from_full_mask(mask, num_tokens, int(num_seen), window)
+    if torch.compiler.is_compiling():
+        return segments
+    if segments.dtype != torch.bool and int(segments.max()) <= 1:
+        segments = segments > 0
+    return None if segments.dtype == torch.bool and bool(segments.all()) else segments
+
+
+def _of_one_token(mask: torch.Tensor, num_seen: int | torch.Tensor) -> torch.Tensor:
+    """Whether the one new token of each row is real, `[B, 1]`: it is where it sees itself.
+
+    Its column is the last, but in a static cache, which has columns for tokens to come.
+    """
+    if mask.shape[1] != 1:
+        raise _differs_by_head(mask)
+    column = torch.as_tensor(num_seen, device=mask.device).clamp(max=mask.shape[3] - 1).view(1)
+    own = mask.index_select(3, column)[:, 0, 0]
+    return own if own.dtype == torch.bool else own == 0
+
+
+def _differs_by_head(mask: torch.Tensor) -> ValueError:
+    return ValueError(
+        f"attention_mask of shape {list(mask.shape)} differs by head; converted layers take padding masks [B, T]"
+    )
 
 
 def _from_full_mask(mask: torch.Tensor, num_tokens: int, num_seen: int, window: int | None) -> torch.Tensor:
     if mask.shape[1] != 1:
-        raise ValueError(
-            f"attention_mask of shape {list(mask.shape)} differs by head; converted layers take padding masks [B, T]"
-        )
+        raise _differs_by_head(mask)
     visible = mask
     if mask.dtype != torch.bool:
         lowest = torch.finfo(mask.dtype).min

@@ -1,7 +1,8 @@
 """Rows of different lengths: move the real tokens of each row to its front, compute, and move the results back.
 
 After the move padding only follows real tokens, where a causal operation never looks. Documents packed into one row
-become rows of their own the same way. Nothing else in ops/ has to know about padding or packing.
+become rows of their own the same way. Nothing else in ops/ has to know about padding or packing. `Front` works without
+asking the device for values, so it can be compiled and exported; packing has to ask how long the documents are.
 """
 
 from __future__ import annotations
@@ -11,8 +12,33 @@ from typing import NamedTuple
 import torch
 
 
+class Front(NamedTuple):
+    """The regrouping that moves the real tokens of each row to its front, in their order.
+
+    Args:
+        order: For each slot the token it takes `[B, T]`: the real ones, then padding.
+        padding_mask: `[B, T]`, True = keep.
+    """
+
+    order: torch.Tensor
+    padding_mask: torch.Tensor
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """Real tokens of each row `[B]`."""
+        return self.padding_mask.sum(dim=1)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Regroup `[B, H, T, X]`."""
+        return _take(x, self.order)
+
+    def scatter(self, x: torch.Tensor) -> torch.Tensor:
+        """Undo `gather`, with zeros for padding."""
+        return _take(x, self.order.argsort(dim=1)).masked_fill(~self.padding_mask[:, None, :, None], 0.0)
+
+
 class Rows(NamedTuple):
-    """A regrouping of the tokens of a batch.
+    """A regrouping of the tokens of a batch into other rows.
 
     Args:
         source: For each new row and slot the token `b·T + t` it takes, `[rows, slots]`.
@@ -32,11 +58,9 @@ class Rows(NamedTuple):
         return output.index_put((self.source[real],), rows.transpose(1, 2)[real])
 
 
-def front(padding_mask: torch.Tensor) -> Rows:
+def front(padding_mask: torch.Tensor) -> Front:
     """Return the regrouping that moves the real tokens of `padding_mask` `[B, T]` to the front of their own row."""
-    batch, tokens = padding_mask.shape
-    order = torch.argsort((~padding_mask).to(torch.uint8), dim=1, stable=True)
-    return Rows(order + torch.arange(batch, device=order.device)[:, None] * tokens, padding_mask.sum(dim=1))
+    return Front(torch.argsort((~padding_mask).to(torch.uint8), dim=1, stable=True), padding_mask)
 
 
 def documents(segment_ids: torch.Tensor) -> list[Rows]:
@@ -59,3 +83,8 @@ def documents(segment_ids: torch.Tensor) -> list[Rows]:
         slots = torch.arange(int(lengths.max()), device=flat.device).clamp(max=lengths[:, None] - 1)
         groups.append(Rows(positions[order[starts[chosen][:, None] + slots]], lengths))
     return groups
+
+
+def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Take tokens `index` `[B, T]` of x `[B, H, T, X]`."""
+    return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))

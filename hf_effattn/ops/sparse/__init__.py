@@ -103,5 +103,4 @@ def _padded_banded(
     output = banded.sparse_attention(
         rows.gather(queries), Stream(rows.gather(key), rows.gather(value)), pattern.band, scale
     )
-    flat = rows.scatter(output, output.new_zeros(batch * total, heads, value.shape[-1]))
-    return flat.view(batch, total, heads, -1).transpose(1, 2)[:, :, total - tokens :]
+    return rows.scatter(output)[:, :, total - tokens :]

@@ -1,0 +1,259 @@
+"""What test_distributed.py runs in other processes. `python distributed_worker.py JOB FOLDER`: see `JOBS`.
+
+Each case of a job becomes FOLDER/<name>.pt: losses of all steps, gradients of the first, parameters after the last.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
+from matrix import DEFAULTS, Case, shake, tiny_model, tokens
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+NUM_PROCESSES = 2
+NUM_STEPS = 3
+ROWS = 4  # of one step, over all processes
+LENGTH = 24
+STOP_AT = 7  # the step at which the process that is going to be killed waits for it
+CASES = [(model, case) for model in ("llama-gqa", "gpt2") for case in DEFAULTS]
+UNEVEN = Case("uneven", "linear", {"window": 16, "num_sinks": 2})  # some texts leave the window, some do not
+Outcome = dict[str, Any]
+
+
+def student(model: str, case: Case, dropout: bool = False) -> Any:
+    """The converted model that is trained, always with the same weights."""
+    net = shake(tiny_model(model).convert_attention(case.mechanism, **case.options)).train()
+    for module in net.modules():
+        if isinstance(module, nn.Dropout) and not dropout:
+            module.p = 0.0
+    return net
+
+
+def optimizer_of(net: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+
+
+def steps() -> torch.Tensor:
+    """Texts `[NUM_STEPS, ROWS, LENGTH]`; each process trains on its part of the rows of a step."""
+    return tokens(NUM_STEPS, ROWS, LENGTH, seed=3)
+
+
+def uneven_steps(rank: int) -> list[torch.Tensor]:
+    """Texts that stay within the window in one process and leave it in the other, then in none, then in both."""
+    lengths = [(12, 30), (12, 12), (30, 30)]
+    return [tokens(2, lengths[step][rank], seed=10 * step + rank) for step in range(NUM_STEPS)]
+
+
+def train(net: nn.Module, batches: Iterable[list[torch.Tensor]], distributed: bool = True) -> Outcome:
+    """Step once for each batch; the loss is the mean over its parts, of which a process usually has one."""
+    optimizer = optimizer_of(net)
+    outcome: Outcome = {"losses": []}
+    for batch in batches:
+        optimizer.zero_grad()
+        loss = torch.stack([net(part, labels=part, use_cache=False).loss for part in batch]).mean()
+        loss.backward()
+        outcome.setdefault("gradients", {name: whole(p.grad) for name, p in inner(net).named_parameters()})
+        optimizer.step()
+        outcome["losses"].append(average(loss.detach()) if distributed else loss.detach())
+    outcome["parameters"] = {name: whole(p) for name, p in inner(net).named_parameters()}
+    return outcome
+
+
+def inner(net: nn.Module) -> nn.Module:
+    return net.module if isinstance(net, DistributedDataParallel) else net  # type: ignore[return-value]
+
+
+def whole(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    if tensor is None:
+        return None
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().clone()
+
+
+def assert_sharded(net: nn.Module, expected: bool) -> None:
+    """Every parameter, also those of mechanisms, is split over the processes, or none is."""
+    assert all(isinstance(parameter, DTensor) == expected for parameter in net.parameters())
+
+
+def average(loss: torch.Tensor) -> torch.Tensor:
+    dist.all_reduce(loss)
+    return loss / NUM_PROCESSES
+
+
+def shard(net: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (NUM_PROCESSES,))
+    base = net.base_model
+    for layer in getattr(base, "layers", None) or base.h:  # type: ignore[union-attr]
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+WRAPPERS = {"ddp": DistributedDataParallel, "fsdp2": shard}
+
+
+def torch_job(folder: Path) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    for name, wrap in WRAPPERS.items():
+        for model, case in CASES:
+            share = [[batch.chunk(NUM_PROCESSES)[dist.get_rank()]] for batch in steps()]
+            net = wrap(student(model, case))
+            assert_sharded(net, name == "fsdp2")
+            write(folder, f"{name}-{model}-{case}", train(net, share))
+
+
+def uneven_job(name: str, folder: Path) -> None:
+    dist.init_process_group("gloo", timeout=timedelta(seconds=30))
+    for model in ("llama-gqa", "gpt2"):
+        share = [[batch] for batch in uneven_steps(dist.get_rank())]
+        write(folder, f"{name}-{model}-{UNEVEN}", train(WRAPPERS[name](student(model, UNEVEN)), share))
+
+
+def allow_fsdp_on_cpu(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Do what accelerate does for GPUs; on CPUs it takes the plugin and makes DDP of it, without a word."""
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+
+def accelerate_job(name: str, folder: Path) -> None:
+    """Accelerate in two processes, the rows of a step coming one at a time: gradients accumulate over two."""
+    for model, case in CASES:
+        plugin = None
+        if name == "fsdp2":
+            plugin = FullyShardedDataParallelPlugin(
+                fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT"
+            )
+        accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, gradient_accumulation_steps=ROWS // NUM_PROCESSES)
+        assert accelerator.num_processes == NUM_PROCESSES
+        if plugin is not None:
+            allow_fsdp_on_cpu(accelerator, plugin)
+        net = student(model, case)
+        loader = DataLoader(list(steps().flatten(0, 1)), batch_size=1)  # type: ignore[arg-type]
+        net, optimizer, loader = accelerator.prepare(net, optimizer_of(net), loader)
+        losses = []
+        for batch in loader:
+            with accelerator.accumulate(net):
+                loss = net(batch, labels=batch, use_cache=False).loss
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(average(loss.detach()))
+        assert_sharded(net, name == "fsdp2")
+        parameters = {key: whole(p) for key, p in inner(net).named_parameters()}
+        write(folder, f"{name}-{model}-{case}", {"losses": losses, "parameters": parameters})
+        accelerator.unwrap_model(net).save_pretrained(
+            folder / f"{name}-{model}-{case}",
+            state_dict=accelerator.get_state_dict(net),
+            is_main_process=accelerator.is_main_process,
+        )
+
+
+def rows_with_gaps(number: int) -> list[dict[str, torch.Tensor]]:
+    """Rows with different numbers of labels, so that a mean of means would be wrong."""
+    rows = []
+    for index, row in enumerate(tokens(number, LENGTH, seed=5)):
+        labels = row.clone()
+        labels[: 3 * (index % 5)] = -100
+        rows.append({"input_ids": row, "labels": labels})
+    return rows
+
+
+def trainer(net: Any, folder: Path, num_rows: int = NUM_STEPS * ROWS, **options: Any) -> Trainer:
+    common: dict[str, Any] = {
+        "output_dir": str(folder),
+        "use_cpu": True,
+        "optim": "sgd",
+        "learning_rate": 0.05,
+        "lr_scheduler_type": "constant",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "max_steps": NUM_STEPS,
+    }
+    return Trainer(net, TrainingArguments(**{**common, **options}), train_dataset=rows_with_gaps(num_rows))  # type: ignore[arg-type]
+
+
+def losses_of(run: Trainer) -> list[float]:
+    return [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+
+
+def trainer_job(folder: Path) -> None:
+    for model, case in CASES:
+        run = trainer(student(model, case), folder, per_device_train_batch_size=1, gradient_accumulation_steps=2)
+        assert run.args.world_size == NUM_PROCESSES
+        run.train()
+        parameters = {name: whole(p) for name, p in run.model.named_parameters()}
+        write(folder, f"trainer-{model}-{case}", {"losses": losses_of(run), "parameters": parameters})
+
+
+def long_run(model: str, case: Case, folder: Path) -> Trainer:
+    """Two epochs of eight steps with dropout and AdamW; the checkpoints are in the middle of epochs."""
+    return trainer(
+        student(model, case, dropout=True),
+        folder,
+        num_rows=16,
+        per_device_train_batch_size=2,
+        max_steps=16,
+        save_strategy="steps",
+        save_steps=5,
+        optim="adamw_torch",
+        learning_rate=1e-3,
+        lr_scheduler_type="linear",
+    )
+
+
+class Announce(TrainerCallback):
+    """Tells when step `STOP_AT` is done, and goes no further."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == STOP_AT:
+            print("waiting to be killed", flush=True)  # noqa: T201
+            sys.stdin.read()
+
+
+def interrupted_job(model: str, name: str, folder: Path) -> None:
+    run = long_run(model, next(case for case in DEFAULTS if case.name == name), folder)
+    run.add_callback(Announce())
+    run.train()
+
+
+def resumed_job(model: str, name: str, folder: Path) -> None:
+    run = long_run(model, next(case for case in DEFAULTS if case.name == name), folder)
+    run.train(resume_from_checkpoint=True)
+    torch.save({"losses": losses_of(run), "parameters": dict(run.model.named_parameters())}, folder / "resumed.pt")
+
+
+def write(folder: Path, name: str, outcome: Outcome) -> None:
+    if dist.get_rank() == 0:
+        torch.save(outcome, folder / f"{name}.pt")
+
+
+JOBS = {
+    "torch": torch_job,
+    "uneven": uneven_job,
+    "accelerate": accelerate_job,
+    "trainer": trainer_job,
+    "interrupted": interrupted_job,
+    "resumed": resumed_job,
+}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    job, *arguments, target = sys.argv[1:]
+    JOBS[job](*arguments, Path(target))
+    if dist.is_initialized():
+        dist.destroy_process_group()
