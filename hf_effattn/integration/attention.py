@@ -57,7 +57,8 @@ def effattn_attention(
         effattn_layer: The cache layer bound to this call; None without a cache.
 
     Returns:
-        Output `[B, T, H, V]`, and the attention weights `[B, H, T, T]` if they are asked for and there is no past.
+        Output `[B, T, H, V]`, contiguous, and the attention weights `[B, H, T, T]` if they are asked for and there is
+        no past.
 
     Raises:
         ValueError: for anything that cannot be honoured.
@@ -98,7 +99,7 @@ def effattn_attention(
             weights = _weights(attend, value)
             # The output comes from the weights, so that gradients reach them.
             output = weights @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
-    return output.transpose(1, 2), weights
+    return output.transpose(1, 2).contiguous(), weights
 
 
 def _wants_weights(output_attentions: bool | None) -> bool:
@@ -131,11 +132,11 @@ def _common_dtype(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 
 
 def _refuse(module: nn.Module, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
-    if is_causal is False:
-        raise ValueError("converted layers are causal; is_causal=False is not supported")
     for name, given in kwargs.items():
         if given is not None and name not in HARMLESS:
             raise ValueError(
                 f"layer {getattr(module, 'layer_idx', '?')} was called with {name}={type(given).__name__}, which "
                 f"changes attention in a way converted layers do not support (they know {', '.join(sorted(HARMLESS))})"
             )
+    if is_causal is False:
+        raise ValueError("converted layers are causal; is_causal=False is not supported")
