@@ -1,10 +1,20 @@
-"""A tiny random config of any family: small values for whatever sizes its config class has."""
+"""A tiny random config of any family: small values for whatever sizes its config class has.
+
+`python tests/families.py` writes the list of families in the README anew.
+"""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig
+
+from hf_effattn import supported_models
+from hf_effattn.architectures import REFUSED
+from hf_effattn.targets import choose_layers, find_targets
 
 VOCABULARY = 97
 NUM_LAYERS = 2
@@ -69,7 +79,41 @@ def tiny_config(model_type: str, **changes: Any) -> PreTrainedConfig:
         options.update({"head_dim": 8, "num_key_value_heads": 4} if "head_dim" in names else {"num_key_value_heads": 4})
     if model_type == "whisper":  # an alias there
         options.pop("num_key_value_heads", None)
+    if model_type == "longcat_flash":  # two attentions in each
+        options["num_layers"] = NUM_LAYERS // 2
     kinds = list(dict.fromkeys(vars(default).get("layer_types") or ()))
     if kinds:
         options["layer_types"] = (kinds * NUM_LAYERS)[:NUM_LAYERS]
     return kind(**{**options, **changes})
+
+
+README = Path(__file__).parent.parent / "README.md"
+SECTION = re.compile(r"(?<=<!-- families -->\n).*(?=<!-- end of families -->)", re.DOTALL)
+
+
+def listing() -> str:
+    """The supported and refused families as Markdown: what a conversion without `layers=` converts in each."""
+    groups: dict[str, list[str]] = {}
+    for name in filter(CONFIG_MAPPING.__contains__, supported_models()):
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(tiny_config(name))
+        targets = find_targets(model)
+        if len(choose_layers(targets, None, None)) == NUM_LAYERS:
+            kind = "every layer"
+        elif len(targets.modules) == NUM_LAYERS:
+            kind = "layers of full attention; those with a window or chunks of their own stay"
+        else:
+            kind = "layers of full attention; recurrent and convolutional ones stay"
+        groups.setdefault(kind, []).append(name)
+    reasons: dict[str, list[str]] = {}
+    for name, reason in REFUSED.items():
+        reasons.setdefault(reason, []).append(name)
+    lines = ["| by default converts | families (`config.model_type`) |", "|---|---|"]
+    lines += [f"| {kind} | {', '.join(names)} |" for kind, names in sorted(groups.items())]
+    lines += ["", "| refused, with this reason | families |", "|---|---|"]
+    lines += [f"| {reason} | {', '.join(sorted(names))} |" for reason, names in sorted(reasons.items())]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    README.write_text(SECTION.sub(lambda _: listing(), README.read_text()))

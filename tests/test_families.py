@@ -193,5 +193,11 @@ def test_layers_without_softmax_attention_are_named() -> None:
     assert [layer.index for layer in model.attention_report().layers] == [1]
 
 
+def test_the_readme_lists_the_families() -> None:
+    found = families.SECTION.search(families.README.read_text())
+    assert found is not None
+    assert found.group() == families.listing(), "run: python tests/families.py"
+
+
 def test_enough_families_are_supported() -> None:
     assert len(hf_effattn.supported_models()) >= 95

@@ -7,6 +7,7 @@ import copy
 import families
 import pytest
 import torch
+import transformers
 from matrix import DEFAULTS, MODELS, Case, close, converted_model, left_padded, positions_of, shake, tiny_model, tokens
 from transformers import AutoModelForCausalLM, DynamicCache, EncoderDecoderCache
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -99,6 +100,9 @@ def test_attention_that_runs_twice_a_layer_is_noticed() -> None:
 def test_what_transformers_asks_of_a_class_stays_answered(model: str, case: Case) -> None:
     native, net = tiny_model(model), converted_model(model, case)
     assert type(native).__name__ in type(net).__name__  # generate decides some things by the name
+    assert getattr(transformers, type(net).__name__) is type(
+        net
+    )  # where `transformers serve` looks a folder's class up
     assert not net.supports_context_parallel, "a state cannot be split along the text"
     assert type(net)._can_set_attn_implementation() == type(native)._can_set_attn_implementation()
     for module in net.modules():

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 from transformers.utils.output_capturing import _active_collector
 
 from ..cache import EffAttnCacheLayer
@@ -24,16 +25,15 @@ HARMLESS = frozenset(
         "ignore_index",
         "logits_to_keep",
         "num_items_in_batch",
-        "output_hidden_states",
-        "output_router_logits",
         "position_embeddings",
         "position_ids",
-        "return_dict",
         "shift_labels",
         "sliding_window",
-        "use_cache",
     }
 )
+
+# What no attention computes with: switches, names, and what `transformers serve` hands to `generate`.
+HARMLESS_TYPES = (bool, str, PreTrainedTokenizerBase)
 
 
 def effattn_attention(
@@ -133,7 +133,7 @@ def _common_dtype(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 
 def _refuse(module: nn.Module, is_causal: bool | None, kwargs: dict[str, Any]) -> None:
     for name, given in kwargs.items():
-        if given is not None and name not in HARMLESS:
+        if given is not None and name not in HARMLESS and not isinstance(given, HARMLESS_TYPES):
             raise ValueError(
                 f"layer {getattr(module, 'layer_idx', '?')} was called with {name}={type(given).__name__}, which "
                 f"changes attention in a way converted layers do not support (they know {', '.join(sorted(HARMLESS))})"
