@@ -8,6 +8,7 @@ import pytest
 import torch
 from matrix import DEFAULTS, Case, close, converted_model, positions_of, tiny_model, tokens
 
+pytestmark = pytest.mark.slow
 IDS = tokens(2, 24)
 OTHER = tokens(2, 24, seed=1)
 BATCH = torch.export.Dim("batch", min=2, max=8)
@@ -34,7 +35,7 @@ def compare(program: Any, net: Any, inputs: Inputs, real: torch.Tensor | None = 
     close(actual[real.bool()], expected[real.bool()])
 
 
-@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["not strict", "strict"])
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
 @cases
 @on_two_models
 @torch.no_grad()

@@ -92,6 +92,7 @@ def test_one_answer(variant: str, case: Case) -> None:
     near(torch.cat([logits(model, IDS[:, a:b], past_key_values=cache) for a, b in cuts], dim=1), full)
 
 
+@pytest.mark.slow
 @defaults
 @every_family
 def test_padding_is_no_worse_than_in_the_dense_model(variant: str, case: Case) -> None:
@@ -104,6 +105,7 @@ def test_padding_is_no_worse_than_in_the_dense_model(variant: str, case: Case) -
         near(actual, logits(model, row[None], use_cache=False)[0])
 
 
+@pytest.mark.slow
 @defaults
 @every_family
 def test_generation_with_the_cache_is_generation_without(variant: str, case: Case) -> None:
@@ -115,6 +117,7 @@ def test_generation_with_the_cache_is_generation_without(variant: str, case: Cas
         assert torch.equal(model.generate(ids, num_beams=beams, **options), expected)
 
 
+@pytest.mark.slow
 @every_family
 def test_conversion_is_saved_and_undone(variant: str, tmp_path: Path) -> None:
     model_type, changes = VARIANTS[variant]
@@ -137,6 +140,7 @@ def test_conversion_is_saved_and_undone(variant: str, tmp_path: Path) -> None:
     assert {**after, "architectures": None, "dtype": None} == {**config, "architectures": None, "dtype": None}
 
 
+@pytest.mark.slow
 @every_family
 def test_the_report_is_what_the_cache_holds(variant: str) -> None:
     for case in DEFAULTS:
