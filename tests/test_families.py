@@ -80,16 +80,22 @@ def test_a_window_longer_than_the_text_changes_nothing(variant: str) -> None:
         near(actual, expected)
 
 
+def in_chunks(model: PreTrainedModel) -> torch.Tensor:
+    """Logits of `IDS` that come in chunks of several sizes, through one cache."""
+    cache, cuts = DynamicCache(config=model.config), ((0, 9), (9, 10), (10, 11), (11, 25), (25, 30))
+    return torch.cat([logits(model, IDS[:, a:b], past_key_values=cache) for a, b in cuts], dim=1)
+
+
 @defaults
 @every_family
 def test_one_answer(variant: str, case: Case) -> None:
-    model = model_of(variant, case)
-    full, cache = logits(model, use_cache=False), DynamicCache(config=model.config)
-    assert not torch.allclose(full, logits(model_of(variant, None), use_cache=False), atol=1e-4), (
-        "nothing was converted"
-    )
-    cuts = ((0, 9), (9, 10), (10, 11), (11, 25), (25, 30))
-    near(torch.cat([logits(model, IDS[:, a:b], past_key_values=cache) for a, b in cuts], dim=1), full)
+    """Families whose own recurrent layers lose their state between chunks (in some releases) are left out."""
+    dense, model = model_of(variant, None), model_of(variant, case)
+    full, natively = logits(model, use_cache=False), logits(dense, use_cache=False)
+    assert not torch.allclose(full, natively, atol=1e-4), "nothing was converted"
+    if not torch.allclose(in_chunks(dense), natively, atol=1e-3):
+        pytest.skip("the dense model itself depends on the chunks")
+    near(in_chunks(model), full)
 
 
 @pytest.mark.slow

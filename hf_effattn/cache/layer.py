@@ -71,6 +71,7 @@ class EffAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         self.is_bound = False
         self.num_announced = key_states.shape[2]
         self.num_seen += self.num_announced
+        self.has_previous_state[0] = True  # models with recurrent layers of their own may ask any layer for it
         return key_states, value_states
 
     def claim(self, num_tokens: int) -> None:
@@ -148,6 +149,7 @@ class EffAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     def reset(self) -> None:
         self.state, self.pending, self.confirmed = None, None, False
         self.num_seen, self.num_announced, self.is_bound = 0, 0, False
+        self.has_previous_state[0] = False
         self.is_initialized = False
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:

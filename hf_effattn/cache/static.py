@@ -48,6 +48,7 @@ class StaticEffAttnCacheLayer(EffAttnCacheLayer):
         self.state, self.pending, self.confirmed = None, None, False
         self.num_seen.zero_()
         self.num_announced, self.is_bound = 0, False
+        self.has_previous_state[0] = False
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super()._map(change)

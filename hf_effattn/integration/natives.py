@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from transformers.cache_utils import get_layer_types_and_kwargs
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 
 
 class NativeLayer(NamedTuple):
@@ -24,4 +24,6 @@ class NativeLayer(NamedTuple):
 def native_layers(config: Any) -> list[NativeLayer]:
     """Return the layers of the model that `config` (not a converted one's view) describes."""
     kinds, options = get_layer_types_and_kwargs(config)
+    if isinstance(options, dict):  # before 5.20: one for all layers
+        options = [options if kind in (SLIDING, CHUNKED) else {} for kind in kinds]
     return [NativeLayer(kind, option.get("sliding_window")) for kind, option in zip(kinds, options, strict=True)]
