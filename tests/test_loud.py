@@ -154,6 +154,8 @@ def test_masks_that_differ_by_head_and_custom_masks_are_refused(model: str, case
         net(IDS, attention_mask=tree, use_cache=False)
     bias = torch.zeros(2, 1, 20, 20).masked_fill(~torch.ones(20, 20, dtype=torch.bool).tril(), torch.finfo().min)
     torch.testing.assert_close(net(IDS, attention_mask=bias, use_cache=False).logits, net(IDS, use_cache=False).logits)
+    with pytest.raises(ValueError, match="fits neither the 20 new tokens"):
+        net(IDS, attention_mask=bias[:, :, -1:], use_cache=False)
     with pytest.raises(ValueError, match="biases are not supported"):
         net(IDS, attention_mask=bias + 0.5, use_cache=False)
 

@@ -25,6 +25,7 @@ HARMLESS = frozenset(
         "ignore_index",
         "logits_to_keep",
         "num_items_in_batch",
+        "output_hidden_states",
         "position_embeddings",
         "position_ids",
         "shift_labels",

@@ -97,7 +97,7 @@ def read_mask(
         raise ValueError(f"attention_mask must be [B, T] (1 = keep), or None; got shape {list(mask.shape)}")
     elif num_tokens == 1:
         segments = _of_one_token(mask, num_seen)
-    elif mask.shape[1:3] == (1, 1) and mask.shape[3] == num_tokens:
+    elif mask.shape[1:3] == (1, 1) and mask.shape[3] == num_tokens and not mask.is_floating_point():
         segments = mask[:, 0, 0]
     else:
         segments = _from_full_mask(mask, num_tokens, int(num_seen), window)
@@ -140,7 +140,7 @@ def _from_full_mask(mask: torch.Tensor, num_tokens: int, num_seen: int, window: 
     # caches add columns at the end.
     num_past = min(num_seen, max(visible.shape[2] - num_tokens, 0))
     new = visible[:, :, num_past : num_past + num_tokens]
-    if new.shape[2] != num_tokens:
+    if new.shape[1:] != (num_tokens, num_tokens):
         raise ValueError(
             f"attention_mask of shape {list(mask.shape)} fits neither the {num_tokens} new tokens nor these and the "
             f"{num_seen} in the cache"
