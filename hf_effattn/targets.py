@@ -121,8 +121,13 @@ def position_embeddings(model: PreTrainedModel, architecture: Architecture) -> l
 
 
 def refuse_offloaded(model: PreTrainedModel) -> None:
-    """Raise if accelerate keeps weights elsewhere: new parameters would have no place to be."""
+    """Raise if accelerate keeps weights elsewhere: new parameters would have no place to be.
+
+    A model wholly on the meta device is none of its doing, but a skeleton whose weights are still to come.
+    """
+    names = [name for name, _ in model.named_parameters()]
     offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    offloaded = [] if len(offloaded) == len(names) else offloaded
     hooked = any(getattr(getattr(m, "_hf_hook", None), "offload", False) for m in model.modules())
     if offloaded or hooked:
         where = f" ({offloaded[0]} is on the meta device)" if offloaded else ""

@@ -7,9 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from families import VOCABULARY
-from matrix import DEFAULTS, MODELS, ONE_CASE_EACH, Case, converted_model, left_padded, shake, tiny_model, tokens
+from matrix import (
+    DEFAULTS,
+    MODELS,
+    ONE_CASE_EACH,
+    Case,
+    close,
+    converted_model,
+    left_padded,
+    shake,
+    tiny_config,
+    tiny_model,
+    tokens,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, pipeline
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedTokenizerFast, pipeline
 from transformers.generation.streamers import BaseStreamer
 
 on_every_model = pytest.mark.parametrize("model", MODELS)
@@ -165,3 +177,17 @@ def test_caches_that_cannot_hold_a_state_are_refused(model: str, case: Case) -> 
         net.generate(ids, cache_implementation="quantized", **NEW)
     with pytest.raises(ValueError, match="not supported for continuous batching"):
         net.generate_batch([ids[0].tolist()], generation_config=GenerationConfig(**NEW))
+
+
+@pytest.mark.parametrize("case", ONE_CASE_EACH, ids=str)
+@on_every_model
+def test_a_conversation_begun_before_the_conversion_goes_on(model: str, case: Case) -> None:
+    """The first layer's keys don't depend on attention, so a model of one layer tells what its state must be."""
+    torch.manual_seed(0)
+    net = AutoModelForCausalLM.from_config(tiny_config(model, num_hidden_layers=1)).eval()
+    ids, cache = tokens(2, 24), DynamicCache()
+    with torch.no_grad():
+        net(ids[:, :17], past_key_values=cache)
+        shake(net.convert_attention(case.mechanism, **case.options))
+        parts = [net(ids[:, a:b], past_key_values=cache).logits for a, b in ((17, 18), (18, 23), (23, 24))]
+        close(torch.cat(parts, dim=1), net(ids, use_cache=False).logits[:, 17:])

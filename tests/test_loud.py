@@ -16,6 +16,7 @@ from transformers import (
     BertConfig,
     BertModel,
     DynamicCache,
+    StaticCache,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -119,18 +120,31 @@ def test_offloaded_models_are_refused(model: str) -> None:
 
 @defaults
 @on_every_model
-def test_foreign_caches_are_refused_unless_empty(model: str, case: Case) -> None:
+def test_foreign_caches_are_refused(model: str, case: Case) -> None:
     net, plain = converted_model(model, case), tiny_model(model)
-    filled = DynamicCache()
-    plain(IDS, past_key_values=filled)
-    with pytest.raises(ValueError, match="empty DynamicCache"):
-        net(IDS[:, :1], past_key_values=filled)
+    static = StaticCache(config=plain.config, max_cache_len=32)
+    plain(IDS, past_key_values=static)
+    with pytest.raises(ValueError, match="StaticLayer with 20 tokens.*Pass no cache, a DynamicCache"):
+        net(IDS[:, :1], past_key_values=static)
     own = DynamicCache()
     net(IDS, past_key_values=own)
     with pytest.raises(ValueError, match="not converted"):
         plain(IDS[:, :1], past_key_values=own)
     with pytest.raises((TypeError, AttributeError, ValueError)):
         net(IDS, past_key_values=((torch.zeros(1),),))
+
+
+@pytest.mark.parametrize("layers", [[1], None], ids=["mixed", "all"])
+@defaults
+@on_every_model
+def test_padding_in_a_cache_of_softmax_layers_is_refused(model: str, case: Case, layers: list[int] | None) -> None:
+    """Its keys do not say which of them are padding."""
+    cache, mask = DynamicCache(), torch.ones(2, 21, dtype=torch.long)
+    mask[0, :3] = 0
+    tiny_model(model)(IDS, attention_mask=mask[:, :20], past_key_values=cache)
+    net = tiny_model(model).convert_attention(case.mechanism, layers=layers, **case.options)
+    with pytest.raises(ValueError, match="20 tokens of softmax attention with padding among them"):
+        net(IDS[:, :1], attention_mask=mask, past_key_values=cache)
 
 
 @on_every_model

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from distributed_worker import student as converted
-from matrix import DEFAULTS, Case, close, tiny_model, tokens
+from matrix import DEFAULTS, Case, close, shake, tiny_model, tokens
 from peft import (
     AutoPeftModelForCausalLM,
     IA3Config,
@@ -147,18 +147,27 @@ def test_other_methods_train_generate_and_come_back(model: str, case: Case, kind
     assert torch.equal(again(IDS).logits, expected)
 
 
+@pytest.mark.parametrize("layers", [[1], None], ids=["mixed", "all"])
 @defaults
 @on_two_models
-def test_prefix_tuning_is_refused_by_the_cache_it_fills(model: str, case: Case) -> None:
-    """It puts keys and values of softmax attention before the text, which no state continues."""
-    tuned = get_peft_model(converted(model, case), PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="5 tokens of softmax attention"):
-        tuned(IDS)
+def test_a_learned_prefix_trains_generates_and_comes_back(
+    model: str, case: Case, layers: list[int] | None, tmp_path: Path
+) -> None:
+    """Its keys and values stand before the text in the cache, where the state takes them over."""
 
+    def made() -> Any:
+        net = tiny_model(model).convert_attention(case.mechanism, layers=layers, **case.options)
+        for module in net.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        return shake(net)
 
-@on_two_models
-def test_prefix_tuning_of_layers_that_stay_softmax_is_refused_too(model: str) -> None:
-    net = tiny_model(model).convert_attention("linear", layers=[1])
-    tuned = get_peft_model(net, PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="5 tokens of softmax attention"):
-        tuned(IDS)
+    tuned = get_peft_model(made(), PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"))
+    expected = train(tuned)
+    assert not torch.allclose(expected, made().eval()(IDS).logits, atol=1e-3)
+    ids = IDS
+    for _ in range(6):
+        ids = torch.cat((ids, tuned(ids).logits[:, -1:].argmax(dim=-1)), dim=1)
+    assert torch.equal(tuned.generate(input_ids=IDS, max_new_tokens=6, do_sample=False), ids)
+    tuned.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(made(), tmp_path).eval()(IDS).logits, expected)

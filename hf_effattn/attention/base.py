@@ -69,7 +69,7 @@ class Mechanism(nn.Module):
 
     def __init__(self, config: MechanismConfig, geometry: HeadGeometry) -> None:
         super().__init__()
-        self.config = config
+        self.options = config  # not `config`: outside code takes a module's `config` for the model's
         self.geometry = geometry
 
     def attend(

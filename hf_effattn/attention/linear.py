@@ -41,7 +41,7 @@ class LinearAttention(Mechanism):
         geometry: Heads and head dimension of the layer.
     """
 
-    config: LinearConfig
+    options: LinearConfig
     bias: nn.Parameter | None
 
     def __init__(self, config: LinearConfig, geometry: HeadGeometry) -> None:
@@ -64,7 +64,7 @@ class LinearAttention(Mechanism):
         if state is None:
             features = self.key_map.feature_dim
             linear = empty_state(key.shape[0], key.shape[1], features, value.shape[-1], like=key)
-            state = HybridState(linear, self.store.empty(key, value)) if self.config.window else linear
+            state = HybridState(linear, self.store.empty(key, value)) if self.options.window else linear
         if isinstance(state, LinearState):
             return self._attend_linear(state, query, key, value, call)
         state = state._replace(window=self.store.matching(state.window, key))
@@ -78,12 +78,12 @@ class LinearAttention(Mechanism):
         return state._replace(window=self.store.fixed(state.window, max_length))
 
     def num_visible(self, context_length: int) -> int:
-        return min(context_length, self.config.window + self.num_sinks)
+        return min(context_length, self.options.window + self.num_sinks)
 
     def cache_bytes(self, context_length: int, dtype: torch.dtype) -> int:
         g, features = self.geometry, self.key_map.feature_dim
         linear = g.num_kv_heads * features * (g.value_dim + 1) * torch.float32.itemsize
-        if not self.config.window:
+        if not self.options.window:
             return linear
         return linear + self.store.nbytes(context_length, g.num_kv_heads, g.head_dim, g.value_dim, dtype)
 
@@ -95,10 +95,10 @@ class LinearAttention(Mechanism):
         return 2 * heads * self.key_map.feature_dim * (g.value_dim + 1) + maps + softmax
 
     def backend(self) -> str:
-        return "chunked" if self.config.backend == "auto" else self.config.backend
+        return "chunked" if self.options.backend == "auto" else self.options.backend
 
     def describe(self) -> str:
-        c = self.config
+        c = self.options
         return f"linear {c.feature_map}(window={c.window}, num_sinks={self.num_sinks})"
 
     def reset_parameters(self) -> None:
@@ -107,7 +107,7 @@ class LinearAttention(Mechanism):
 
     def _options(self, call: Call) -> HybridOptions:
         assert self.bias is not None
-        c = self.config
+        c = self.options
         return HybridOptions(
             self.query_map, self.key_map, self.bias, c.window, self.num_sinks, call.scale, c.chunk_size
         )
@@ -121,7 +121,7 @@ class LinearAttention(Mechanism):
         if call.lengths is not None:
             mask = torch.arange(tokens, device=query.device) < call.lengths[:, None]
         collector = Collector(query, value.shape[-1])
-        for start, end in segments(tokens, self.config.chunk_size):
+        for start, end in segments(tokens, self.options.chunk_size):
             q, k, v = (x[:, :, start:end] for x in (query, key, value))
             output, state = linear_attention(
                 self.query_map(q),
@@ -129,8 +129,8 @@ class LinearAttention(Mechanism):
                 v,
                 state=state,
                 padding_mask=None if mask is None else mask[:, start:end],
-                chunk_size=self.config.chunk_size,
-                backend="reference" if self.config.backend == "reference" else "auto",
+                chunk_size=self.options.chunk_size,
+                backend="reference" if self.options.backend == "reference" else "auto",
             )
             collector.add(output)
         return collector.result(), state
@@ -138,11 +138,11 @@ class LinearAttention(Mechanism):
     def _attend_hybrid(
         self, state: HybridState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, HybridState]:
-        stream = self.store.stream(state.window, key, value, self.config.window)
+        stream = self.store.stream(state.window, key, value, self.options.window)
         output, linear = hybrid_attention(
             query, stream, state.linear, self._options(call), lengths=call.lengths, backend=self.backend()
         )
-        if torch.is_grad_enabled() and state.window.most == 0 and query.shape[2] <= self.config.window:
+        if torch.is_grad_enabled() and state.window.most == 0 and query.shape[2] <= self.options.window:
             # Nothing has reached the linear part. Its parameters still get a gradient, zero, since training in several
             # processes waits for one from each of them.
             output = output + sum(0.0 * p.sum() for p in self.parameters() if p.requires_grad)
@@ -162,7 +162,7 @@ class LinearAttention(Mechanism):
                 features = features * valid[:, None, None, None]
             linear = recurrent.step(features, old_value, linear)
         window = self.store.append(state.window, key, value, call.lengths, call.in_place)
-        full = window.least - self.store.num_leading >= self.config.window
+        full = window.least - self.store.num_leading >= self.options.window
         visible = None if full else window.positions >= 0
         output = hybrid_step(query, window.keys, window.values, visible, linear, self._options(call))
         return output, HybridState(linear, window)

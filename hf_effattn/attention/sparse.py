@@ -19,7 +19,7 @@ class SparseAttention(Mechanism):
         geometry: Heads and head dimension of the layer.
     """
 
-    config: SparseConfig
+    options: SparseConfig
 
     def __init__(self, config: SparseConfig, geometry: HeadGeometry) -> None:
         super().__init__(config, geometry)
@@ -56,7 +56,7 @@ class SparseAttention(Mechanism):
         return self.geometry.softmax_flops(self.num_visible(context_length))
 
     def backend(self) -> str:
-        return choose_backend(self.pattern, self.config.backend)
+        return choose_backend(self.pattern, self.options.backend)
 
     def describe(self) -> str:
         return f"sparse {self.pattern.describe()}"

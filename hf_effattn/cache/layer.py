@@ -96,6 +96,16 @@ class EffAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             self.state, self.pending, self.confirmed = state, None, False
         return state
 
+    def ingest(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Take over S tokens that were not attended to here: what a softmax layer left, or a learned prefix. The next
+        call advances the state over them.
+
+        Args:
+            key: `[B, G, S, D]`; value `[B, G, S, V]`, all of real tokens.
+        """
+        self.pending, self.confirmed = Pending(key, value, None), True
+        self.num_seen, self.is_initialized = key.shape[2], True
+
     def commit(self, state: State, tokens: Pending) -> None:
         """Take the state after the new `tokens`; while the past is recorded, keep the tokens aside instead."""
         self.is_initialized = True

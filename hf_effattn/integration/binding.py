@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
 from ..cache import EffAttnCacheLayer
 from .attention import NAME
+from .masks import refuse_padded_past
 
 
 def attach(
@@ -78,7 +79,7 @@ def bind_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         raise TypeError(
             f"converted layers keep their state in a transformers Cache (DynamicCache); got {type(cache).__name__}"
         )
-    layer = own_layer(cache, module.layer_idx)  # type: ignore[arg-type]
+    layer = own_layer(cache, module.layer_idx, kwargs.get("attention_mask"))  # type: ignore[arg-type]
     if cache.offloading and all(isinstance(each, EffAttnCacheLayer) for each in cache.layers):
         cache.offloading = False  # nothing to offload, where transformers expects at least one layer
     _refuse_packing(kwargs)
@@ -86,8 +87,15 @@ def bind_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return args, {**kwargs, "effattn_layer": layer}
 
 
-def own_layer(cache: Cache, index: int) -> EffAttnCacheLayer:
-    """Return the layer of `cache` for a converted layer; an empty foreign one is replaced, a filled one refused."""
+def own_layer(cache: Cache, index: int, mask: Any = None) -> EffAttnCacheLayer:
+    """Return the layer of `cache` for a converted layer.
+
+    A foreign one is replaced, and its tokens are taken over: those that softmax layers attended to before the
+    conversion, or a learned prefix.
+
+    Args:
+        mask: The attention mask of the call, which may tell that some of these tokens are padding.
+    """
     while len(cache.layers) <= index and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     if index >= len(cache.layers):
@@ -95,13 +103,17 @@ def own_layer(cache: Cache, index: int) -> EffAttnCacheLayer:
     layer: Any = cache.layers[index]
     if isinstance(layer, EffAttnCacheLayer):
         return layer
-    if type(layer) is not DynamicLayer or layer.get_seq_length():
+    if type(layer) is not DynamicLayer:
         raise ValueError(
-            f"layer {index} of the cache is a {type(layer).__name__} with {layer.get_seq_length()} tokens of softmax "
-            "attention, which a converted layer cannot continue. Pass no cache, an empty DynamicCache(), or "
-            "DynamicCache(config=model.config)"
+            f"layer {index} of the cache is a {type(layer).__name__} with {layer.get_seq_length()} tokens, which a "
+            "converted layer cannot continue. Pass no cache, a DynamicCache(), or DynamicCache(config=model.config)"
         )
     own = EffAttnCacheLayer()
+    if layer.get_seq_length():
+        if isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[3] > layer.get_seq_length():
+            past = mask[:, 0, -1, : layer.get_seq_length()]
+            refuse_padded_past(past if past.dtype == torch.bool else past == 0)
+        own.ingest(layer.keys, layer.values)  # type: ignore[arg-type]
     cache.layers[index] = own
     return own
 

@@ -104,7 +104,7 @@ class EffAttnModelMixin:
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
-        _check_keys(pretrained_model_name_or_path, info, kwargs)
+        _check_keys(model, pretrained_model_name_or_path, info, kwargs)
         return (model, info) if wants_info else model
 
 
@@ -235,9 +235,15 @@ def _belongs_to_mechanism(module: nn.Module) -> bool:
     return type(module).__module__.startswith(__name__.partition(".")[0] + ".")
 
 
-def _check_keys(path: Any, info: dict[str, Any], kwargs: dict[str, Any]) -> None:
-    """Raise for missing or unexpected parameters of mechanisms, unless the checkpoint is that of a softmax model."""
-    missing = sorted(key for key in info["missing_keys"] if ".effattn." in key)
+def _check_keys(model: PreTrainedModel, path: Any, info: dict[str, Any], kwargs: dict[str, Any]) -> None:
+    """Raise for missing or unexpected parameters of mechanisms, unless the checkpoint is that of a softmax model, or
+    lacks the other parameters of their layers too (of which transformers warns)."""
+    loaded = [key for key in model.state_dict() if key not in info["missing_keys"]]
+    missing = sorted(
+        key
+        for key in info["missing_keys"]
+        if ".effattn." in key and any(other.startswith(key.partition("effattn.")[0]) for other in loaded)
+    )
     unexpected = sorted(key for key in info["unexpected_keys"] if ".effattn." in key)
     if unexpected:
         raise ValueError(f"the checkpoint {path} has parameters its config does not know: {', '.join(unexpected)}")

@@ -34,6 +34,8 @@ def effattn_mask(
         mask_function: transformers' causal rule; one that knows documents if `position_ids` restart within rows.
     """
     if attention_mask is not None:
+        if not torch.compiler.is_compiling() and not int(kv_offset):  # our own caches begin after the past
+            refuse_padded_past(attention_mask[:, : int(q_offset)].bool())
         return _new_columns(attention_mask.bool(), q_offset, q_length)
     if mask_function is causal_mask_function or q_length == 1:
         return None
@@ -48,6 +50,15 @@ def effattn_mask(
     starts = torch.cat((continues.new_ones(batch_size, 1), ~continues), dim=1)
     segment_ids = starts.long().cumsum(dim=1)
     return None if bool((segment_ids[:, -1] == 1).all()) else segment_ids[:, None, None]
+
+
+def refuse_padded_past(real: torch.Tensor) -> None:
+    """Raise if not all tokens `[B, S]` that softmax layers left in a cache are real: keys alone do not tell."""
+    if not bool(real.all()):
+        raise ValueError(
+            f"the cache holds {real.shape[1]} tokens of softmax attention with padding among them, which a converted "
+            "layer cannot tell apart; start with a new cache"
+        )
 
 
 def _new_columns(mask: torch.Tensor, seen: int | torch.Tensor, tokens: int) -> torch.Tensor | None:
