@@ -10,11 +10,11 @@ import copy
 import copyreg
 import json
 import os
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
@@ -218,7 +218,8 @@ def register_models(twin: type[PreTrainedConfig]) -> None:
         head = mapping[base]
         if isinstance(head, type) and getattr(head, "config_class", None) is base:
             auto.register(twin, model_class(head), exist_ok=True)
-            setattr(transformers, PREFIX + head.__name__, model_class(head))  # where `transformers serve` looks
+            # `transformers serve` looks there; the module in place now need not be the one that was imported first.
+            setattr(sys.modules["transformers"], PREFIX + head.__name__, model_class(head))
     _register_with_peft(base.model_type, twin.model_type)  # type: ignore[attr-defined]
 
 
