@@ -199,6 +199,7 @@ def test_placed_and_offloaded_models_give_the_same_logits(model: str, case: Case
     close(net.revert_attention()(IDS).logits, tiny_model(model)(IDS).logits)
 
 
+@pytest.mark.slow
 @defaults
 @on_two_models
 def test_accumulated_gradients_are_those_of_a_big_batch(model: str, case: Case, tmp_path: Path) -> None:

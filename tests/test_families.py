@@ -25,7 +25,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon-multihead": ("falcon", {"multi_query": False}),
     "gpt_bigcode-multihead": ("gpt_bigcode", {"multi_query": False}),
 }
-every_family = pytest.mark.parametrize("variant", VARIANTS)
+SLOW = ("kimi_linear",)  # its own recurrent layers take seconds
+every_family = pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in VARIANTS]
+)
 defaults = pytest.mark.parametrize("case", DEFAULTS, ids=str)
 IDS = tokens(2, 30)
 ROWS = [tokens(11, seed=3), tokens(25, seed=4)]
