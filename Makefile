@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 QUANTISERS := $(VENV)/quantisers
+LONGEST_FIRST := tests/test_smollm2.py $(filter-out tests/test_smollm2.py,$(wildcard tests/test_*.py))
 # An ordinary name for the pip options, so that a mirror or cache can be configured from outside.
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
@@ -34,7 +35,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED) $(QUANTISERS)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n auto -q
 	OMP_NUM_THREADS=1 PYTHONPATH=$(QUANTISERS) $(BIN)/python -m pytest tests/test_quantized.py -q
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or gpu" -n auto --dist loadfile -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or gpu" -n auto --dist loadfile --no-loadscope-reorder -q $(LONGEST_FIRST)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
