@@ -84,34 +84,6 @@ def revert_attention(model: Model) -> Model:
     return model
 
 
-def converted_layers(model: PreTrainedModel) -> dict[int, Mechanism | None]:
-    """Return the mechanism of each layer, None for softmax.
-
-    Raises:
-        RuntimeError: if a layer is said to be converted, but would not compute its mechanism.
-    """
-    targets = find_targets(model)
-    found = {index: getattr(module, "effattn", None) for index, module in targets.modules.items()}
-    specs = (getattr(model.config, "effattn", None) or {}).get("layers", [None] * len(targets.natives))
-    for index, spec in enumerate(specs):
-        attached = found.get(index) is not None and integration.is_attached(targets.modules[index])
-        if (spec is not None) != (found.get(index) is not None) or (spec and not attached):
-            raise RuntimeError(
-                f"layer {index} is configured as {spec} but does not compute it; convert the model again"
-            )
-    return found
-
-
-def softmax_layers(model: PreTrainedModel) -> dict[int, tuple[HeadGeometry, integration.NativeLayer]]:
-    """Return heads and native kind of each attention layer that is not converted."""
-    targets = find_targets(model)
-    return {
-        index: (HeadGeometry(*head_counts(module, model.config)), targets.natives[index])
-        for index, module in targets.modules.items()
-        if not hasattr(module, "effattn")
-    }
-
-
 def _build(model: PreTrainedModel) -> None:
     """Attach mechanisms to a freshly constructed model as its config says (called before weights are loaded)."""
     targets = find_targets(model)
@@ -130,11 +102,9 @@ def _build(model: PreTrainedModel) -> None:
 
 
 def _attach(targets: Targets, index: int, mechanism: Mechanism) -> None:
-    module = targets.modules[index]
-    seam = targets.architecture.seam(module)
-    assert seam is not None
-    assert seam.cache_argument is not None
-    integration.attach(module, mechanism, seam.cache_argument, targets.architecture.forward)
+    cache_argument = targets.seam(index).cache_argument
+    assert cache_argument is not None
+    integration.attach(targets.modules[index], mechanism, cache_argument, targets.architecture.forward)
 
 
 def _finish(model: PreTrainedModel, targets: Targets) -> None:
@@ -142,7 +112,8 @@ def _finish(model: PreTrainedModel, targets: Targets) -> None:
         integration.guard_positions(embedding)
     everywhere = all(hasattr(module, "effattn") for module in targets.modules.values())
     if everywhere and model.config._attn_implementation == integration.default_implementation(model):
-        model.config._attn_implementation_internal = integration.NAME  # so that masks are [B, T], not [B, 1, T, S]
+        # The model's masks are then made by our function: [B, 1, 1, T] instead of [B, 1, T, S].
+        model.config._attn_implementation_internal = integration.NAME
 
 
 def _make(config: MechanismConfig, module: nn.Module, model: PreTrainedModel) -> Mechanism:

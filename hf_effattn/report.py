@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from transformers import PreTrainedModel
 
-from .convert import converted_layers, softmax_layers
+from . import integration
+from .architectures import head_counts
+from .attention import HeadGeometry, Mechanism
+from .targets import find_targets
 
 
 @dataclass(frozen=True)
@@ -88,26 +92,66 @@ def attention_report(model: PreTrainedModel, context_length: int = 4096) -> Atte
     """
     if isinstance(context_length, bool) or not isinstance(context_length, int) or context_length < 1:
         raise ValueError(f"context_length must be an integer of at least 1; got {context_length!r}")
-    records = []
-    softmax = softmax_layers(model)
-    for index, mechanism in converted_layers(model).items():
-        if mechanism is None:
-            geometry, native = softmax[index]
-            visible = context_length if native.window is None else min(context_length, native.window)
-            kept = context_length if native.window is None else min(context_length, native.window - 1)
-            size = geometry.num_kv_heads * (geometry.head_dim + geometry.value_dim) * kept * model.dtype.itemsize
-            name = "softmax" if native.window is None else f"softmax (window={native.window}, its own)"
-            backend = str(model.config._attn_implementation)
-            records.append(LayerReport(index, name, visible, size, geometry.softmax_flops(visible), backend))
-            continue
-        records.append(
-            LayerReport(
-                index,
-                mechanism.describe(),
-                mechanism.num_visible(context_length),
-                mechanism.cache_bytes(context_length, model.dtype),
-                mechanism.flops_per_token(context_length),
-                mechanism.backend(),
-            )
+    records = [
+        LayerReport(
+            index,
+            layer.describe(),
+            layer.num_visible(context_length),
+            layer.cache_bytes(context_length, model.dtype),
+            layer.flops_per_token(context_length),
+            layer.backend(),
         )
+        for index, layer in _layers(model).items()
+    ]
     return AttentionReport(context_length, records)
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """An attention layer that is not converted, asked what a mechanism is asked.
+
+    Args:
+        geometry: Its heads.
+        window: Visible keys of a layer with a window of its own, the query's own included; None for all.
+        implementation: transformers' name of the code that computes it.
+    """
+
+    geometry: HeadGeometry
+    window: int | None
+    implementation: str
+
+    def describe(self) -> str:
+        return "softmax" if self.window is None else f"softmax (window={self.window}, its own)"
+
+    def num_visible(self, context_length: int) -> int:
+        return context_length if self.window is None else min(context_length, self.window)
+
+    def cache_bytes(self, context_length: int, dtype: torch.dtype) -> int:
+        kept = context_length if self.window is None else min(context_length, self.window - 1)
+        g = self.geometry
+        return g.num_kv_heads * (g.head_dim + g.value_dim) * kept * dtype.itemsize
+
+    def flops_per_token(self, context_length: int) -> int:
+        return self.geometry.softmax_flops(self.num_visible(context_length))
+
+    def backend(self) -> str:
+        return self.implementation
+
+
+def _layers(model: PreTrainedModel) -> dict[int, Mechanism | Softmax]:
+    """Return what computes each attention layer; a layer that would not compute what it is said to is an error."""
+    targets = find_targets(model)
+    specs = (getattr(model.config, "effattn", None) or {}).get("layers", [None] * len(targets.natives))
+    found: dict[int, Mechanism | Softmax] = {}
+    for index, module in targets.modules.items():
+        mechanism, spec = getattr(module, "effattn", None), specs[index]
+        if (spec is not None) != (mechanism is not None) or (spec and not integration.is_attached(module)):
+            raise RuntimeError(
+                f"layer {index} is configured as {spec} but does not compute it; convert the model again"
+            )
+        found[index] = mechanism or Softmax(
+            HeadGeometry(*head_counts(module, model.config)),
+            targets.natives[index].window,
+            str(model.config._attn_implementation),
+        )
+    return found

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import ARCHITECTURES, REFUSED, Architecture
+from .architectures.seam import Seam
 from .integration import FULL, SLIDING, NativeLayer, native_layers
 
 
@@ -25,6 +26,12 @@ class Targets(NamedTuple):
     architecture: Architecture
     modules: dict[int, nn.Module]
     natives: list[NativeLayer]
+
+    def seam(self, index: int) -> Seam:
+        """Return how the attention of layer `index` calls the attention function."""
+        found = self.architecture.seam(self.modules[index])
+        assert found is not None
+        return found
 
 
 def supported_models() -> list[str]:
@@ -139,9 +146,7 @@ def refuse_offloaded(model: PreTrainedModel) -> None:
 
 def _refuse_unsupported_attention(targets: Targets, index: int) -> None:
     module = targets.modules[index]
-    seam = targets.architecture.seam(module)
-    assert seam is not None
-    for problem in seam.problems(module):
+    for problem in targets.seam(index).problems(module):
         raise ValueError(
             f"layer {index} is a {type(module).__name__}, which cannot be converted: {problem}; converted layers "
             "support plain causal attention"

@@ -21,11 +21,11 @@ class StaticEffAttnCacheLayer(EffAttnCacheLayer):
     """
 
     is_compileable = True
+    max_length: int
 
     def __init__(self, max_cache_len: int, **_: Any) -> None:
         super().__init__()
         self.max_length = max_cache_len
-        self.max_cache_len = max_cache_len
         self.buffers: list[torch.Tensor] = []
         self.num_seen: Any = torch.tensor(0)
 
@@ -42,13 +42,12 @@ class StaticEffAttnCacheLayer(EffAttnCacheLayer):
         return self.num_seen if self.is_initialized else 0
 
     def get_max_length(self) -> int:
-        return self.max_cache_len
+        return self.max_length
 
     def reset(self) -> None:
-        self.state, self.pending, self.confirmed = None, None, False
-        self.num_seen.zero_()
-        self.num_announced, self.is_bound = 0, False
-        self.has_previous_state[0] = False
+        counter = self.num_seen
+        super().reset()
+        self.num_seen = counter.zero_()
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super()._map(change)

@@ -8,18 +8,11 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TY
 from ..cache import EffAttnCacheLayer, StaticEffAttnCacheLayer
 from .attention import NAME, effattn_attention
 from .binding import attach, default_implementation, detach, is_attached
-from .classes import (
-    FORMAT_VERSION,
-    LAYER_TYPE,
-    become_converted,
-    become_original,
-    register_config,
-    set_builder,
-    swap_submodels,
-)
+from .classes import FORMAT_VERSION, LAYER_TYPE, register_config, set_builder
 from .masks import effattn_mask
 from .natives import FULL, SLIDING, NativeLayer, native_layers
 from .positions import guard_positions, unguard_positions
+from .swap import become_converted, become_original, swap_submodels
 
 __all__ = [
     "FORMAT_VERSION",

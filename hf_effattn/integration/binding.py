@@ -82,7 +82,8 @@ def bind_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     layer = own_layer(cache, module.layer_idx, kwargs.get("attention_mask"))  # type: ignore[arg-type]
     if cache.offloading and all(isinstance(each, EffAttnCacheLayer) for each in cache.layers):
         cache.offloading = False  # nothing to offload, where transformers expects at least one layer
-    _refuse_packing(kwargs)
+    if layer is next(each for each in cache.layers if isinstance(each, EffAttnCacheLayer)):  # once a call of the model
+        _refuse_packing(kwargs)
     layer.bind(module.effattn.cache_owner)  # type: ignore[union-attr,arg-type]
     return args, {**kwargs, "effattn_layer": layer}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import copyreg
 import json
-import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -19,12 +18,11 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from .checkpoints import TYPE_PREFIX, check_keys
 from .natives import native_layers
 
 PREFIX = "EffAttn"
-TYPE_PREFIX = "effattn_"
 LAYER_TYPE = "effattn"  # registered with transformers' caches; stands in the view of a config that caches are made from
 FORMAT_VERSION = 1  # of the config's field `effattn`
 GUARD = "hf_effattn"  # stands for every layer type in config.json, so that plain classes refuse the file
@@ -104,7 +102,7 @@ class EffAttnModelMixin:
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
         )
-        _check_keys(model, pretrained_model_name_or_path, info, kwargs)
+        check_keys(model, pretrained_model_name_or_path, info, kwargs)
         return (model, info) if wants_info else model
 
 
@@ -156,46 +154,6 @@ def original_class(twin: type) -> type:
     return twin.__mro__[2] if isinstance(twin, TwinType) else twin
 
 
-def become_converted(model: PreTrainedModel) -> None:
-    """Give `model` and its config, in place, the classes of a converted model; the config is copied first, since
-    other models may share it."""
-    old = model.config
-    if getattr(old, "is_effattn", False):
-        return
-    new = copy.deepcopy(old)
-    new.__class__ = config_class(type(old))
-    new.effattn = {"version": FORMAT_VERSION, "layers": [None] * len(native_layers(old))}
-    register_models(type(new))
-    _swap(model, old, new, model_class)
-
-
-def become_original(model: PreTrainedModel) -> None:
-    """Undo `become_converted`."""
-    config = model.config
-    config.__class__ = original_class(type(config))
-    del config.effattn
-    if config.architectures:  # saving a converted model wrote its class name here
-        config.architectures = [name.removeprefix(PREFIX) for name in config.architectures]
-    _swap(model, config, config, original_class)
-
-
-def swap_submodels(model: PreTrainedModel) -> None:
-    """Give the inner models of a freshly constructed converted model their converted classes."""
-    _swap(model, model.config, model.config, model_class)
-
-
-def _swap(model: PreTrainedModel, old: Any, new: Any, twin: Callable[[Any], Any]) -> None:
-    for module in model.modules():
-        if getattr(module, "config", None) is not old:
-            continue
-        module.config = new
-        if isinstance(module, PreTrainedModel):
-            if (twin is model_class) != isinstance(module, EffAttnModelMixin):
-                module.__class__ = twin(type(module))
-            # Kept by the name of the class. Releases differ in what they take as key, so the dict is written directly.
-            dict.__setitem__(_CAN_RECORD_REGISTRY, str(type(module)), module._can_record_outputs)
-
-
 def register_config(model_type: str) -> None:
     """Register the converted twin of a family's config class with AutoConfig; families this release lacks are left."""
     if model_type in CONFIG_MAPPING:
@@ -234,26 +192,3 @@ def _register_with_peft(model_type: str, twin_type: str) -> None:
 
 def _belongs_to_mechanism(module: nn.Module) -> bool:
     return type(module).__module__.startswith(__name__.partition(".")[0] + ".")
-
-
-def _check_keys(model: PreTrainedModel, path: Any, info: dict[str, Any], kwargs: dict[str, Any]) -> None:
-    """Raise for missing or unexpected parameters of mechanisms, unless the checkpoint is that of a softmax model, or
-    lacks the other parameters of their layers too (of which transformers warns)."""
-    loaded = [key for key in model.state_dict() if key not in info["missing_keys"]]
-    missing = sorted(
-        key
-        for key in info["missing_keys"]
-        if ".effattn." in key and any(other.startswith(key.partition("effattn.")[0]) for other in loaded)
-    )
-    unexpected = sorted(key for key in info["unexpected_keys"] if ".effattn." in key)
-    if unexpected:
-        raise ValueError(f"the checkpoint {path} has parameters its config does not know: {', '.join(unexpected)}")
-    if missing and path is not None and _is_converted_checkpoint(path, kwargs):
-        raise ValueError(f"the converted checkpoint {path} lacks parameters: {', '.join(missing)}")
-
-
-def _is_converted_checkpoint(path: Any, kwargs: dict[str, Any]) -> bool:
-    names = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
-    options = {name: kwargs[name] for name in names if name in kwargs}
-    data, _ = PreTrainedConfig.get_config_dict(os.fspath(path), **options)
-    return str(data.get("model_type", "")).startswith(TYPE_PREFIX)

@@ -66,13 +66,14 @@ def _new_columns(mask: torch.Tensor, seen: int | torch.Tensor, tokens: int) -> t
     if torch.compiler.is_compiling():
         columns = torch.arange(tokens, device=mask.device) + seen
         return mask.index_select(1, columns)[:, None, None]
-    end = int(seen) + tokens
+    start = int(seen)
+    end = start + tokens
     if mask.shape[1] < end:
         raise ValueError(
-            f"attention_mask covers {mask.shape[1]} tokens, but {int(seen)} are in the cache and {tokens} are new: it "
+            f"attention_mask covers {mask.shape[1]} tokens, but {start} are in the cache and {tokens} are new: it "
             f"must cover all {end}"
         )
-    new = mask[:, int(seen) : end]
+    new = mask[:, start:end]
     return None if bool(new.all()) else new[:, None, None]
 
 
@@ -106,6 +107,10 @@ def read_mask(
         segments = mask[:, -num_tokens:].bool()
     elif mask.ndim != 4:
         raise ValueError(f"attention_mask must be [B, T] (1 = keep), or None; got shape {list(mask.shape)}")
+    elif mask.shape[1] != 1:
+        raise ValueError(
+            f"attention_mask of shape {list(mask.shape)} differs by head; converted layers take padding masks [B, T]"
+        )
     elif num_tokens == 1:
         segments = _of_one_token(mask, num_seen)
     elif mask.shape[1:3] == (1, 1) and mask.shape[3] == num_tokens and not mask.is_floating_point():
@@ -124,22 +129,12 @@ def _of_one_token(mask: torch.Tensor, num_seen: int | torch.Tensor) -> torch.Ten
 
     Its column is the last, but in a static cache, which has columns for tokens to come.
     """
-    if mask.shape[1] != 1:
-        raise _differs_by_head(mask)
     column = torch.as_tensor(num_seen, device=mask.device).clamp(max=mask.shape[3] - 1).view(1)
     own = mask.index_select(3, column)[:, 0, 0]
     return own if own.dtype == torch.bool else own == 0
 
 
-def _differs_by_head(mask: torch.Tensor) -> ValueError:
-    return ValueError(
-        f"attention_mask of shape {list(mask.shape)} differs by head; converted layers take padding masks [B, T]"
-    )
-
-
 def _from_full_mask(mask: torch.Tensor, num_tokens: int, num_seen: int, window: int | None) -> torch.Tensor:
-    if mask.shape[1] != 1:
-        raise _differs_by_head(mask)
     visible = mask
     if mask.dtype != torch.bool:
         lowest = torch.finfo(mask.dtype).min

@@ -144,17 +144,17 @@ def recorder() -> None:
     """A class swap loses what the model can record (hidden states, attention weights)."""
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-    from hf_effattn.integration import classes
+    from hf_effattn.integration import swap as swapping
 
     def make(original: Any) -> Any:
         def swap(*args: Any) -> None:
             original(*args)
-            for name in [name for name in _CAN_RECORD_REGISTRY if classes.PREFIX in name]:
+            for name in [name for name in _CAN_RECORD_REGISTRY if swapping.PREFIX in name]:
                 dict.pop(_CAN_RECORD_REGISTRY, name)
 
         return swap
 
-    _wrap(classes, "_swap", make)
+    _wrap(swapping, "_swap", make)
 
 
 @plant
