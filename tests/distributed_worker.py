@@ -14,13 +14,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
-from matrix import DEFAULTS, Case, shake, tiny_model, tokens
+from matrix import DEFAULTS, Case, tokens
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from training import student
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 NUM_PROCESSES = 2
@@ -31,15 +32,6 @@ STOP_AT = 7  # the step at which the process that is going to be killed waits fo
 CASES = [(model, case) for model in ("llama-gqa", "gpt2") for case in DEFAULTS]
 UNEVEN = Case("uneven", "linear", {"window": 16, "num_sinks": 2})  # some texts leave the window, some do not
 Outcome = dict[str, Any]
-
-
-def student(model: str, case: Case, dropout: bool = False) -> Any:
-    """The converted model that is trained, always with the same weights."""
-    net = shake(tiny_model(model).convert_attention(case.mechanism, **case.options)).train()
-    for module in net.modules():
-        if isinstance(module, nn.Dropout) and not dropout:
-            module.p = 0.0
-    return net
 
 
 def optimizer_of(net: nn.Module) -> torch.optim.Optimizer:

@@ -8,8 +8,9 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from distributed_worker import NUM_STEPS, losses_of, rows_with_gaps, student, trainer
+from distributed_worker import NUM_STEPS, losses_of, rows_with_gaps, trainer
 from matrix import DEFAULTS, MODELS, Case, close, converted_model, shake, tiny_config, tiny_model, tokens
+from training import student
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,

@@ -1,4 +1,4 @@
-"""PEFT beyond plain LoRA (which is in test_training.py): DoRA, all linears, adapters of saved folders, prompts."""
+"""PEFT: LoRA and its variants, adapters of saved folders, prompts and prefixes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from distributed_worker import student as converted
-from matrix import DEFAULTS, Case, close, shake, tiny_model, tokens
+from matrix import DEFAULTS, Case, close, tokens
 from peft import (
     AutoPeftModelForCausalLM,
     IA3Config,
@@ -20,12 +19,14 @@ from peft import (
     PromptTuningConfig,
     get_peft_model,
 )
+from training import student, train, without_dropout
 from transformers import AutoModelForCausalLM
 
 on_two_models = pytest.mark.parametrize("model", ["llama-gqa", "gpt2"])
 defaults = pytest.mark.parametrize("case", DEFAULTS, ids=str)
 IDS = tokens(2, 24)
 LORA: dict[str, dict[str, Any]] = {
+    "default": {},
     "dora": {"use_dora": True},
     "all-linear": {"target_modules": "all-linear"},
     "dora-all-linear": {"use_dora": True, "target_modules": "all-linear"},
@@ -45,37 +46,17 @@ def lora(net: Any, **options: Any) -> PeftModel:
     return get_peft_model(net, LoraConfig(r=4, task_type="CAUSAL_LM", modules_to_save=learned, **options))
 
 
-def train(net: torch.nn.Module, steps: int = 6) -> torch.Tensor:
-    """Train all that is trainable; return the logits after it."""
-    trainable = {name: p.detach().clone() for name, p in net.named_parameters() if p.requires_grad}
-    frozen = {name: p.detach().clone() for name, p in net.named_parameters() if not p.requires_grad}
-    optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    net.train()
-    for _ in range(steps):
-        optimizer.zero_grad()
-        loss = net(IDS, labels=IDS, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    parameters = dict(net.named_parameters())
-    assert [name for name in trainable if torch.equal(parameters[name], trainable[name])] == []
-    assert all(torch.equal(parameters[name], frozen[name]) for name in frozen)
-    return net.eval()(IDS).logits.detach()
-
-
 @pytest.mark.parametrize("kind", LORA)
 @defaults
 @on_two_models
 def test_lora_variants_train_save_load_and_merge(model: str, case: Case, kind: str, tmp_path: Path) -> None:
-    tuned = lora(converted(model, case), **LORA[kind])
+    tuned = lora(student(model, case), **LORA[kind])
     assert not any(".effattn." in name and "lora_" in name for name, _ in tuned.named_parameters())
     before = tuned.eval()(IDS).logits
-    close(before, converted(model, case).eval()(IDS).logits)  # a new adapter changes nothing
-    expected = train(tuned)
+    close(before, student(model, case).eval()(IDS).logits)  # a new adapter changes nothing
+    expected = train(tuned, IDS)
     tuned.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(converted(model, case), tmp_path / "adapter").eval()
+    again = PeftModel.from_pretrained(student(model, case), tmp_path / "adapter").eval()
     assert torch.equal(again(IDS).logits, expected)
     merged = tuned.merge_and_unload()
     close(merged(IDS).logits, expected, 1e-4)
@@ -91,12 +72,9 @@ def test_lora_variants_train_save_load_and_merge(model: str, case: Case, kind: s
 @defaults
 @on_two_models
 def test_an_adapter_finds_its_converted_base(model: str, case: Case, tmp_path: Path) -> None:
-    converted(model, case).save_pretrained(tmp_path / "base")
-    tuned = lora(AutoModelForCausalLM.from_pretrained(tmp_path / "base"))
-    for module in tuned.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    expected = train(tuned)
+    student(model, case).save_pretrained(tmp_path / "base")
+    tuned = without_dropout(lora(AutoModelForCausalLM.from_pretrained(tmp_path / "base")))
+    expected = train(tuned, IDS)
     tuned.save_pretrained(tmp_path / "adapter")
     assert PeftConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path == str(tmp_path / "base")
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
@@ -117,25 +95,25 @@ def test_adapters_with_own_feature_maps_are_switched(model: str, tmp_path: Path)
     expected = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        tuned = lora(converted(model, case))
-        expected.append(train(tuned, steps=3 + seed))
+        tuned = lora(student(model, case))
+        expected.append(train(tuned, IDS, steps=3 + seed))
         folders.append(tmp_path / str(seed))
         tuned.save_pretrained(folders[-1])
-    net = PeftModel.from_pretrained(converted(model, case), folders[0], adapter_name="first").eval()
+    net = PeftModel.from_pretrained(student(model, case), folders[0], adapter_name="first").eval()
     net.load_adapter(folders[1], adapter_name="second")
     for name, logits in (("second", expected[1]), ("first", expected[0])):
         net.set_adapter(name)
         assert torch.equal(net(IDS).logits, logits)
     with net.disable_adapter():
-        assert torch.equal(net(IDS).logits, converted(model, case).eval()(IDS).logits)
+        assert torch.equal(net(IDS).logits, student(model, case).eval()(IDS).logits)
 
 
 @pytest.mark.parametrize("kind", OTHERS)
 @defaults
 @on_two_models
 def test_other_methods_train_generate_and_come_back(model: str, case: Case, kind: str, tmp_path: Path) -> None:
-    tuned = get_peft_model(converted(model, case), OTHERS[kind]())
-    expected = train(tuned)
+    tuned = get_peft_model(student(model, case), OTHERS[kind]())
+    expected = train(tuned, IDS)
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
     generated = tuned.generate(input_ids=IDS, **options)
     ids = IDS
@@ -143,7 +121,7 @@ def test_other_methods_train_generate_and_come_back(model: str, case: Case, kind
         ids = torch.cat((ids, tuned(ids, use_cache=False).logits[:, -1:].argmax(dim=-1)), dim=1)
     assert torch.equal(generated, ids)
     tuned.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(converted(model, case), tmp_path).eval()
+    again = PeftModel.from_pretrained(student(model, case), tmp_path).eval()
     assert torch.equal(again(IDS).logits, expected)
 
 
@@ -154,20 +132,14 @@ def test_a_learned_prefix_trains_generates_and_comes_back(
     model: str, case: Case, layers: list[int] | None, tmp_path: Path
 ) -> None:
     """Its keys and values stand before the text in the cache, where the state takes them over."""
-
-    def made() -> Any:
-        net = tiny_model(model).convert_attention(case.mechanism, layers=layers, **case.options)
-        for module in net.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        return shake(net)
-
-    tuned = get_peft_model(made(), PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM"))
-    expected = train(tuned)
-    assert not torch.allclose(expected, made().eval()(IDS).logits, atol=1e-3)
+    tuned = get_peft_model(
+        student(model, case, layers), PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
+    )
+    expected = train(tuned, IDS)
+    assert not torch.allclose(expected, student(model, case, layers).eval()(IDS).logits, atol=1e-3)
     ids = IDS
     for _ in range(6):
         ids = torch.cat((ids, tuned(ids).logits[:, -1:].argmax(dim=-1)), dim=1)
     assert torch.equal(tuned.generate(input_ids=IDS, max_new_tokens=6, do_sample=False), ids)
     tuned.save_pretrained(tmp_path)
-    assert torch.equal(PeftModel.from_pretrained(made(), tmp_path).eval()(IDS).logits, expected)
+    assert torch.equal(PeftModel.from_pretrained(student(model, case, layers), tmp_path).eval()(IDS).logits, expected)

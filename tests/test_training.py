@@ -7,21 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import DEFAULTS, MODELS, ONE_CASE_EACH, Case, shake, tiny_model, tokens
-from peft import LoraConfig, PeftModel, get_peft_model
+from matrix import DEFAULTS, MODELS, ONE_CASE_EACH, Case, tiny_model, tokens
+from peft import LoraConfig, get_peft_model
+from training import student
 from transformers import DynamicCache, Trainer, TrainingArguments
 
 on_every_model = pytest.mark.parametrize("model", MODELS)
 defaults = pytest.mark.parametrize("case", DEFAULTS, ids=str)
 IDS = tokens(2, 24)
-
-
-def fresh(model: str, case: Case) -> Any:
-    net = shake(tiny_model(model).convert_attention(case.mechanism, **case.options))
-    for module in net.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-    return net
 
 
 def gradients(net: torch.nn.Module, **options: Any) -> dict[str, torch.Tensor]:
@@ -33,7 +26,7 @@ def gradients(net: torch.nn.Module, **options: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("case", ONE_CASE_EACH, ids=str)
 @on_every_model
 def test_gradients_reach_every_parameter(model: str, case: Case) -> None:
-    net = fresh(model, case).train()
+    net = student(model, case)
     found = gradients(net, use_cache=False)
     assert found.keys() == dict(net.named_parameters()).keys()
     for name, gradient in found.items():
@@ -48,7 +41,7 @@ def test_gradients_reach_every_parameter(model: str, case: Case) -> None:
 @defaults
 @on_every_model
 def test_gradient_checkpointing_gives_the_same_gradients(model: str, case: Case, reentrant: bool) -> None:
-    net = fresh(model, case).train()
+    net = student(model, case)
     expected = gradients(net, use_cache=False)
     enable = getattr(net, "activation_checkpointing_enable", net.gradient_checkpointing_enable)  # its name since 5.20
     enable({"use_reentrant": reentrant})
@@ -57,35 +50,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(model: str, case: Case,
     assert actual.keys() == expected.keys()
     for name in expected:
         torch.testing.assert_close(actual[name], expected[name], atol=1e-6, rtol=1e-5)
-
-
-@defaults
-@on_every_model
-def test_lora_attaches_by_default_trains_and_comes_back(model: str, case: Case, tmp_path: Path) -> None:
-    net = fresh(model, case)
-    learned = ["effattn"] if any(".effattn." in name for name, _ in net.named_parameters()) else None
-    tuned = get_peft_model(net, LoraConfig(r=4, task_type="CAUSAL_LM", modules_to_save=learned))
-    tuned.train()
-    trainable = {name: p.detach().clone() for name, p in tuned.named_parameters() if p.requires_grad}
-    assert any("lora_" in name for name in trainable)
-    assert bool(learned) == any(".effattn." in name for name in trainable)
-    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(8):
-        optimizer.zero_grad()
-        loss = tuned(IDS, labels=IDS, use_cache=False).loss
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    moved = [name for name, p in tuned.named_parameters() if name in trainable and not torch.equal(p, trainable[name])]
-    assert set(moved) == set(trainable)
-    tuned.eval()
-    tuned.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(fresh(model, case), tmp_path).eval()
-    assert torch.equal(again(IDS).logits, tuned(IDS).logits)
-    expected = tuned(IDS).logits
-    torch.testing.assert_close(tuned.merge_and_unload()(IDS).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @defaults
@@ -108,7 +72,7 @@ def test_parameters_an_adapter_would_not_save_are_frozen(model: str, caplog: pyt
 @defaults
 @on_every_model
 def test_a_prompt_trains_through_the_cache_of_a_frozen_model(model: str, case: Case) -> None:
-    net = fresh(model, case).requires_grad_(False)
+    net = student(model, case).eval().requires_grad_(False)
     prompt = torch.nn.Parameter(torch.randn(1, 4, 64))
     cache = DynamicCache(config=net.config)
     net(inputs_embeds=prompt, past_key_values=cache)
@@ -122,7 +86,7 @@ def test_a_prompt_trains_through_the_cache_of_a_frozen_model(model: str, case: C
 @defaults
 @on_every_model
 def test_autocast_trains_close_to_full_precision(model: str, case: Case) -> None:
-    net = fresh(model, case).train()
+    net = student(model, case)
     expected = gradients(net, use_cache=False)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         actual = gradients(net, use_cache=False)
@@ -136,7 +100,7 @@ def test_autocast_trains_close_to_full_precision(model: str, case: Case) -> None
 @defaults
 @on_every_model
 def test_bfloat16_models_train(model: str, case: Case) -> None:
-    net = fresh(model, case).to(torch.bfloat16).train()
+    net = student(model, case).to(torch.bfloat16)
     assert all(gradient.isfinite().all() for gradient in gradients(net, use_cache=False).values())
 
 
@@ -146,7 +110,7 @@ def test_bfloat16_models_train(model: str, case: Case) -> None:
 @pytest.mark.parametrize("model", {spec["model_type"]: name for name, spec in MODELS.items()}.values())
 def test_a_compiled_forward_gives_the_same_logits(model: str, case: Case) -> None:
     torch._dynamo.reset()
-    net = fresh(model, case).eval()
+    net = student(model, case).eval()
     compiled = torch.compile(net, backend="aot_eager")
     mask = torch.ones_like(IDS)
     mask[0, :5] = 0
@@ -170,9 +134,9 @@ def test_trainer_trains_saves_and_resumes(model: str, case: Case, tmp_path: Path
         "use_cpu": True,
         "learning_rate": 1e-3,
     }
-    whole = Trainer(fresh(model, case), TrainingArguments(**common, max_steps=4), train_dataset=data)
+    whole = Trainer(student(model, case), TrainingArguments(**common, max_steps=4), train_dataset=data)
     whole.train()
-    resumed = Trainer(fresh(model, case), TrainingArguments(**common, max_steps=4), train_dataset=data)
+    resumed = Trainer(student(model, case), TrainingArguments(**common, max_steps=4), train_dataset=data)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for (name, a), (_, b) in zip(whole.model.named_parameters(), resumed.model.named_parameters(), strict=True):
         torch.testing.assert_close(a, b, msg=name)
