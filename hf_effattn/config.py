@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, ClassVar
 
-from .feature_maps import FEATURE_MAPS
+from .feature_maps import FEATURE_MAPS, map_options
+from .notation import whole_number
 from .patterns import PATTERNS, Pattern, make_pattern, pattern_from_spec
-from .patterns.base import is_registered, pattern_options, whole_number
+from .patterns.base import is_registered, pattern_options
 from .registry import Registry
 
 CONFIGS: Registry[type[MechanismConfig]] = Registry("mechanism")
@@ -40,10 +41,7 @@ class MechanismConfig:
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> MechanismConfig:
         """Build from keywords, with an error that names the valid ones."""
-        unknown = [name for name in options if name not in cls.options()]
-        if unknown:
-            valid = ", ".join(cls.options())
-            raise ValueError(f"unknown option {unknown[0]!r} of {cls.mechanism} attention; valid: {valid}")
+        _refuse_unknown(options, cls.options(), f"{cls.mechanism} attention")
         return cls(**options)
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,6 +56,8 @@ class LinearConfig(MechanismConfig):
 
     Args:
         feature_map: Name of the feature map φ.
+        map_options: Options of this feature map's own, such as `{"feature_dim": 32}`; `convert_attention` and
+            `from_options` also take them one by one, as keywords.
         window: Visible keys of the softmax window, the query's own included; 0 for none. Keys that leave the window
             enter the linear state.
         num_sinks: First tokens of each row that stay in the softmax branch for good; needs a window. None for 4 with
@@ -70,13 +70,16 @@ class LinearConfig(MechanismConfig):
     backends: ClassVar[tuple[str, ...]] = ("auto", "chunked", "reference")
 
     feature_map: str = "hedgehog"
+    map_options: dict[str, Any] = field(default_factory=dict, hash=False)
     window: int = 64
     num_sinks: int | None = None
     chunk_size: int = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        FEATURE_MAPS.get(self.feature_map)
+        if not isinstance(self.map_options, dict):
+            raise TypeError(f"map_options must be a dictionary; got {self.map_options!r}")
+        _refuse_unknown(self.map_options, map_options(self.feature_map), f"feature map {self.feature_map!r}")
         whole_number("window", self.window, 0)
         if self.num_sinks is None:
             object.__setattr__(self, "num_sinks", 4 if self.window else 0)
@@ -86,6 +89,18 @@ class LinearConfig(MechanismConfig):
             raise ValueError(
                 f"num_sinks={self.num_sinks} needs a softmax window; set window to at least 1, or num_sinks=0"
             )
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> MechanismConfig:
+        """Build from keywords; options of the feature map may be among them."""
+        name = options.get("feature_map", cls.feature_map)
+        valid = map_options(name) if name in FEATURE_MAPS else []
+        _refuse_unknown(options, [*cls.options(), *valid], f"linear attention with feature map {name!r}")
+        own = {key: value for key, value in options.items() if key in valid}
+        if own:
+            given = {key: value for key, value in options.items() if key not in own}
+            options = {**given, "map_options": {**given.get("map_options", {}), **own}}
+        return super().from_options(options)
 
 
 @CONFIGS.register("sparse")
@@ -151,6 +166,12 @@ class SparseConfig(MechanismConfig):
             given = {key: value for key, value in options.items() if key not in ("pattern", "backend")}
             options = {"pattern": make_pattern(name, given), "backend": options.get("backend", "auto")}
         return super().from_options(options)
+
+
+def _refuse_unknown(options: Iterable[str], valid: list[str], what: str) -> None:
+    unknown = [name for name in options if name not in valid]
+    if unknown:
+        raise ValueError(f"unknown option {unknown[0]!r} of {what}; valid: {', '.join(valid) or 'none'}")
 
 
 def make_config(mechanism: str | MechanismConfig, options: dict[str, Any]) -> MechanismConfig:

@@ -7,11 +7,10 @@ from collections.abc import Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from . import integration
-from .architectures import ARCHITECTURES, head_counts
+from .architectures import ARCHITECTURES, find_undo, head_counts
 from .attention import HeadGeometry, Mechanism, make_mechanism
 from .config import MechanismConfig, config_from_dict, make_config
 from .targets import Targets, choose_layers, find_targets, position_embeddings, refuse_offloaded
@@ -52,9 +51,7 @@ def convert_attention(
     targets = find_targets(model)
     refuse_offloaded(model)
     config = make_config(mechanism, options)
-    made = {
-        index: _make(config, targets.modules[index], model) for index in choose_layers(targets, layers, keep_softmax)
-    }
+    made = {index: _make(config, targets, index, model) for index in choose_layers(targets, layers, keep_softmax)}
     _freeze_under_peft(model, made)
     integration.become_converted(model)
     for index, new in made.items():
@@ -97,7 +94,7 @@ def _build(model: PreTrainedModel) -> None:
     integration.swap_submodels(model)
     for index, spec in enumerate(specs):
         if spec:
-            _attach(targets, index, _make(config_from_dict(spec), targets.modules[index], model))
+            _attach(targets, index, _make(config_from_dict(spec), targets, index, model))
     _finish(model, targets)
 
 
@@ -116,8 +113,11 @@ def _finish(model: PreTrainedModel, targets: Targets) -> None:
         model.config._attn_implementation_internal = integration.NAME
 
 
-def _make(config: MechanismConfig, module: nn.Module, model: PreTrainedModel) -> Mechanism:
+def _make(config: MechanismConfig, targets: Targets, index: int, model: PreTrainedModel) -> Mechanism:
+    module = targets.modules[index]
     mechanism = make_mechanism(config, HeadGeometry(*head_counts(module, model.config)))
+    if mechanism.before_rotary:
+        mechanism.undo_rotary = find_undo(targets.architecture, module)
     # Quantised projections may have no floating-point parameters, or none at all: then the model's are asked.
     parameters = [*module.parameters(), *model.parameters()]
     floating = [p.dtype for p in parameters if p.is_floating_point() and p.dtype.itemsize > 1]

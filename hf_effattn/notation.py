@@ -20,6 +20,8 @@ boolean with True = keep. States are float32 whatever the dtype of the model (fl
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 
@@ -59,3 +61,12 @@ def check_padding(padding_mask: torch.Tensor | None, batch: int, length: int) ->
         raise TypeError(f"padding_mask must be boolean (True = keep); got {padding_mask.dtype}")
     if padding_mask.shape != (batch, length):
         raise ValueError(f"padding_mask must be [{batch}, {length}]; got {list(padding_mask.shape)}")
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """Return `value` if it is an integer of at least `least`, else raise an error that says so."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer of at least {least}; got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}")
+    return value

@@ -189,5 +189,9 @@ def test_a_conversation_begun_before_the_conversion_goes_on(model: str, case: Ca
     with torch.no_grad():
         net(ids[:, :17], past_key_values=cache)
         shake(net.convert_attention(case.mechanism, **case.options))
+        if any(getattr(module, "undo_rotary", None) for module in net.modules()):
+            with pytest.raises(ValueError, match="keys after rotary only"):
+                net(ids[:, 17:18], past_key_values=cache)
+            return
         parts = [net(ids[:, a:b], past_key_values=cache).logits for a, b in ((17, 18), (18, 23), (23, 24))]
         close(torch.cat(parts, dim=1), net(ids, use_cache=False).logits[:, 17:])

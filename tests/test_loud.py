@@ -36,7 +36,7 @@ IDS = tokens(2, 20)
         (("quadratic",), {}, ValueError, "unknown mechanism 'quadratic'; valid: linear, sparse"),
         ((None,), {}, TypeError, "mechanism is chosen by its name"),
         (("linear",), {"featuremap": "elu"}, ValueError, "unknown option 'featuremap'.*feature_map"),
-        (("linear",), {"feature_map": "gelu"}, ValueError, "valid: elu, hedgehog, relu"),
+        (("linear",), {"feature_map": "gelu"}, ValueError, "valid: cosformer, dpfp, elu"),
         (("linear",), {"window": -1}, ValueError, "window must be at least 0"),
         (("linear",), {"window": 4.0}, TypeError, "window must be an integer"),
         (("linear",), {"window": 0, "num_sinks": 4}, ValueError, "num_sinks=4 needs a softmax window"),

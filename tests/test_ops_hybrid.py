@@ -31,6 +31,13 @@ def inputs(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.T
     )  # type: ignore[return-value]
 
 
+def remembered(o: HybridOptions) -> LinearState:
+    """The state of some keys, in two rows."""
+    key, value = torch.randn(2, KV_HEADS, 50, DIM), torch.randn(2, KV_HEADS, 50, VALUE)
+    features = o.key_map(key, torch.arange(50)[None]).detach()
+    return LinearState(features.transpose(2, 3) @ value, features.sum(dim=2))
+
+
 @every_map
 @settings(max_examples=25)
 @given(
@@ -46,7 +53,7 @@ def test_fast_is_slow(
 ) -> None:
     torch.manual_seed(length)
     o, (q, k, v) = options(name, window, num_sinks, chunk), inputs(2, length)
-    state, stream, lengths = empty_state(2, KV_HEADS, o.key_map(k).shape[-1], VALUE, like=q), Stream(k, v), None
+    state, stream, lengths = empty_state(2, KV_HEADS, o.key_map.feature_dim, VALUE, like=q), Stream(k, v), None
     if past is not None:
         before = [torch.randn(2, KV_HEADS, window, dim) for dim in (DIM, VALUE)]
         sinks = [torch.randn(2, KV_HEADS, num_sinks, dim) for dim in (DIM, VALUE)]
@@ -54,7 +61,7 @@ def test_fast_is_slow(
         stream = Stream(
             torch.cat((before[0], k), 2), torch.cat((before[1], v), 2), first, int(first.min()), sinks[0], sinks[1]
         )
-        state = LinearState(*(torch.rand_like(x) for x in state))
+        state = remembered(o)
         lengths = torch.tensor([length, max(length - short, 0)])
     expected = hybrid_attention(q, stream, state, o, lengths=lengths, backend="reference")
     actual = hybrid_attention(q, stream, state, o, lengths=lengths)
@@ -68,9 +75,9 @@ def test_fast_is_slow(
 def test_gradients_are_those_of_the_reference(name: str) -> None:
     o, (q, k, v) = options(name, 9, 2), inputs(2, 90)
     leaves = [x.requires_grad_() for x in (q, k, v, o.bias)]
-    leaves += [*o.query_map.parameters(), *o.key_map.parameters()]  # type: ignore[attr-defined]
+    leaves += [*o.query_map.parameters(), *o.key_map.parameters()]
     weight = torch.randn(2, HEADS, 90, VALUE)
-    state = empty_state(2, KV_HEADS, o.key_map(k).shape[-1], VALUE, like=q)
+    state = empty_state(2, KV_HEADS, o.key_map.feature_dim, VALUE, like=q)
     gradients = {}
     for backend in ("reference", "chunked"):
         output, new = hybrid_attention(q, Stream(k, v), state, o, backend=backend)
@@ -82,7 +89,7 @@ def test_gradients_are_those_of_the_reference(name: str) -> None:
 @every_map
 def test_bfloat16_stays_within_its_rounding(name: str) -> None:
     o, (q, k, v) = options(name, 16, 4), (x.bfloat16() for x in inputs(1, 400))
-    state = empty_state(1, KV_HEADS, o.key_map(k).shape[-1], VALUE, like=q)
+    state = empty_state(1, KV_HEADS, o.key_map.feature_dim, VALUE, like=q)
     expected = hybrid_attention(q, Stream(k, v), state, o, backend="reference")
     actual = hybrid_attention(q, Stream(k, v), state, o)
     assert actual.output.dtype == torch.bfloat16
@@ -96,7 +103,7 @@ def test_bfloat16_stays_within_its_rounding(name: str) -> None:
 def test_nothing_from_the_future(name: str, backend: str, length: int, at: int) -> None:
     at = at % length
     o, (q, k, v) = options(name, 7, 2), inputs(1, length)
-    state = empty_state(1, KV_HEADS, o.key_map(k).shape[-1], VALUE, like=q)
+    state = empty_state(1, KV_HEADS, o.key_map.feature_dim, VALUE, like=q)
     before = hybrid_attention(q, Stream(k, v), state, o, backend=backend).output
     for x in (q, k, v):
         x[:, :, at] = 7.0

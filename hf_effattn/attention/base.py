@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -62,10 +63,16 @@ class Mechanism(nn.Module):
     decoding all go through it, so they cannot disagree. Its learned parameters, if any, are all that conversion adds to
     a model; its state lives in the cache.
 
+    A mechanism may ask for queries and keys as they were before rotary (`before_rotary`). They then stand behind the
+    others in the last dimension, `[..., 2D]`, in all its calls and in its state.
+
     Args:
         config: The options.
         geometry: Heads and head dimension of the layer.
     """
+
+    before_rotary = False
+    undo_rotary: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None  # set where a layer rotates
 
     def __init__(self, config: MechanismConfig, geometry: HeadGeometry) -> None:
         super().__init__()
@@ -117,6 +124,7 @@ class Mechanism(nn.Module):
         segments: torch.Tensor | None = None,
         cache_layer: EffAttnCacheLayer | None = None,
         dropout: float = 0.0,
+        before_rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Compute the output `[B, H, T, V]`.
 
@@ -127,8 +135,12 @@ class Mechanism(nn.Module):
                 into the row. None for one document without padding.
             cache_layer: Where the state lives; None for a call without past and future.
             dropout: Probability with which softmax weights are dropped; linear attention has none.
+            before_rotary: Query and key before rotary, for mechanisms that ask for them.
         """
         self.geometry.check(query, key, value)
+        if self.before_rotary:
+            assert before_rotary is not None
+            query, key = (torch.cat(pair, dim=-1) for pair in zip((query, key), before_rotary, strict=True))
         call = Call(scale, dropout=dropout, keep_state=cache_layer is not None and not cache_layer.record_past)
         if cache_layer is not None:
             return self._attend_cached(query, key, value, segments, cache_layer, call)
@@ -177,6 +189,13 @@ class Mechanism(nn.Module):
     def _advance(self, state: Any, tokens: Pending, scale: float) -> Any:
         """Return the state after `tokens`, whose outputs were computed before."""
         key, value, mask = tokens
+        if self.before_rotary and key.shape[3] == self.geometry.head_dim:  # keys of a softmax layer, or of a prefix
+            if self.undo_rotary is not None:
+                raise ValueError(
+                    "the cache was filled by softmax attention or a learned prefix, with keys after rotary only; "
+                    f"{self.describe()} needs them before rotary too. Start with a new cache after converting"
+                )
+            key = torch.cat((key, key), dim=-1)
         call = Call(scale)
         if mask is not None:
             rows = ragged.front(mask)

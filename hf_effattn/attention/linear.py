@@ -27,6 +27,27 @@ class HybridState(NamedTuple):
     linear: LinearState
     window: KeyValueState
 
+    @property
+    def most(self) -> int:
+        return self.window.most
+
+
+class CountedState(NamedTuple):
+    """The state of linear attention without a window whose feature map uses positions.
+
+    Args:
+        linear: What all tokens left.
+        num_tokens: Real tokens each row has seen `[B]`, int64.
+        most: A bound of `num_tokens` over the rows, known without asking the device.
+    """
+
+    linear: LinearState
+    num_tokens: torch.Tensor
+    most: int
+
+
+State = LinearState | HybridState | CountedState
+
 
 @MECHANISMS.register("linear")
 class LinearAttention(Mechanism):
@@ -48,33 +69,36 @@ class LinearAttention(Mechanism):
         super().__init__(config, geometry)
         self.num_sinks = config.num_sinks or 0
         feature_map = FEATURE_MAPS.get(config.feature_map)
-        self.query_map = feature_map(geometry.head_dim, geometry.num_heads)
-        self.key_map = feature_map(geometry.head_dim, geometry.num_kv_heads)
+        self.query_map = feature_map(geometry.head_dim, geometry.num_heads, **config.map_options)
+        self.key_map = feature_map(geometry.head_dim, geometry.num_kv_heads, **config.map_options)
+        self.before_rotary = self.key_map.before_rotary
         self.store = KeyValueStore(Retention(config.window, frozenset(range(self.num_sinks))))
         self.bias = nn.Parameter(torch.full((geometry.num_heads,), BIAS_START)) if config.window else None
 
     def attend(
         self,
-        state: LinearState | HybridState | None,
+        state: State | None,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
         call: Call,
-    ) -> tuple[torch.Tensor, LinearState | HybridState]:
-        if state is None:
-            features = self.key_map.feature_dim
-            linear = empty_state(key.shape[0], key.shape[1], features, value.shape[-1], like=key)
-            state = HybridState(linear, self.store.empty(key, value)) if self.options.window else linear
+    ) -> tuple[torch.Tensor, State]:
+        state = self._empty(key, value) if state is None else state
         if isinstance(state, LinearState):
-            return self._attend_linear(state, query, key, value, call)
+            return self._attend_linear(state, query, key, value, call, None)
+        self._check_length(state.most + key.shape[2])
+        if isinstance(state, CountedState):
+            return self._attend_counted(state, query, key, value, call)
         state = state._replace(window=self.store.matching(state.window, key))
         if query.shape[2] == 1 and self.backend() != "reference":
             return self._attend_one(state, query, key, value, call)
         return self._attend_hybrid(state, query, key, value, call)
 
-    def fixed(self, state: LinearState | HybridState, max_length: int) -> LinearState | HybridState:
+    def fixed(self, state: State, max_length: int) -> State:
         if isinstance(state, LinearState):
             return state
+        if isinstance(state, CountedState):
+            return state._replace(most=max_length - 1)
         return state._replace(window=self.store.fixed(state.window, max_length))
 
     def num_visible(self, context_length: int) -> int:
@@ -84,8 +108,8 @@ class LinearAttention(Mechanism):
         g, features = self.geometry, self.key_map.feature_dim
         linear = g.num_kv_heads * features * (g.value_dim + 1) * torch.float32.itemsize
         if not self.options.window:
-            return linear
-        return linear + self.store.nbytes(context_length, g.num_kv_heads, g.head_dim, g.value_dim, dtype)
+            return linear + (torch.int64.itemsize if self.key_map.uses_positions else 0)
+        return linear + self.store.nbytes(context_length, g.num_kv_heads, self._width, g.value_dim, dtype)
 
     def flops_per_token(self, context_length: int) -> int:
         g = self.geometry
@@ -112,8 +136,48 @@ class LinearAttention(Mechanism):
             self.query_map, self.key_map, self.bias, c.window, self.num_sinks, call.scale, c.chunk_size
         )
 
+    @property
+    def _width(self) -> int:
+        """Size of the last dimension of queries and keys."""
+        return self.geometry.head_dim * (2 if self.before_rotary else 1)
+
+    def _empty(self, key: torch.Tensor, value: torch.Tensor) -> State:
+        linear = empty_state(key.shape[0], key.shape[1], self.key_map.feature_dim, value.shape[-1], like=key)
+        if self.options.window:
+            return HybridState(linear, self.store.empty(key, value))
+        if self.key_map.uses_positions:
+            return CountedState(linear, torch.zeros(key.shape[0], dtype=torch.int64, device=key.device), 0)
+        return linear
+
+    def _check_length(self, most: int) -> None:
+        limit = self.key_map.max_position
+        if limit is not None and most > limit:
+            raise ValueError(
+                f"feature map {self.options.feature_map!r} places tokens up to max_position={limit}; this text has up "
+                f"to {most}. Convert with a larger max_position"
+            )
+
+    def _positions(self, window: KeyValueState, offset: int) -> torch.Tensor | None:
+        """Position `offset` after the next token's of each row `[B, 1]`, if the feature map uses positions."""
+        return window.num_tokens[:, None] + offset if self.key_map.uses_positions else None
+
+    def _attend_counted(
+        self, state: CountedState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+    ) -> tuple[torch.Tensor, CountedState]:
+        tokens = query.shape[2]
+        positions = state.num_tokens[:, None] + torch.arange(tokens, device=query.device)  # [B, T]
+        output, linear = self._attend_linear(state.linear, query, key, value, call, positions)
+        added = tokens if call.lengths is None else call.lengths
+        return output, CountedState(linear, state.num_tokens + added, state.most + tokens)
+
     def _attend_linear(
-        self, state: LinearState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+        self,
+        state: LinearState,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        call: Call,
+        positions: torch.Tensor | None,
     ) -> tuple[torch.Tensor, LinearState]:
         """Attend without a window, mapping one segment at a time."""
         tokens = query.shape[2]
@@ -122,17 +186,18 @@ class LinearAttention(Mechanism):
             mask = torch.arange(tokens, device=query.device) < call.lengths[:, None]
         collector = Collector(query, value.shape[-1])
         for start, end in segments(tokens, self.options.chunk_size):
-            q, k, v = (x[:, :, start:end] for x in (query, key, value))
+            at = None if positions is None else positions[:, start:end]
+            q, k = (f(x[:, :, start:end], at) for f, x in ((self.query_map, query), (self.key_map, key)))
             output, state = linear_attention(
-                self.query_map(q),
-                self.key_map(k),
-                v,
+                q,
+                k,
+                value[:, :, start:end].to(k.dtype),
                 state=state,
                 padding_mask=None if mask is None else mask[:, start:end],
                 chunk_size=self.options.chunk_size,
                 backend="reference" if self.options.backend == "reference" else "auto",
             )
-            collector.add(output)
+            collector.add(output.to(query.dtype))
         return collector.result(), state
 
     def _attend_hybrid(
@@ -157,12 +222,13 @@ class LinearAttention(Mechanism):
         leaving = self.store.leaving(state.window, call.lengths)
         if leaving is not None:
             old_key, old_value, valid = leaving
-            features = self.key_map(old_key)
+            features = self.key_map(old_key, self._positions(state.window, -self.options.window))
             if valid is not None:
                 features = features * valid[:, None, None, None]
             linear = recurrent.step(features, old_value, linear)
         window = self.store.append(state.window, key, value, call.lengths, call.in_place)
         full = window.least - self.store.num_leading >= self.options.window
         visible = None if full else window.positions >= 0
-        output = hybrid_step(query, window.keys, window.values, visible, linear, self._options(call))
+        here = self._positions(window, -1)
+        output = hybrid_step(query, window.keys, window.values, visible, linear, self._options(call), here)
         return output, HybridState(linear, window)

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import ClassVar
+
 import torch
 from torch import nn
 
+from ..notation import compute_dtype
 from ..registry import Registry
 
 FEATURE_MAPS: Registry[type[FeatureMap]] = Registry("feature map")
 
 
 class FeatureMap(nn.Module):
-    """φ: maps each query or key of a head to non-negative features whose dot product imitates `exp(q·k/√D)`.
+    """φ: maps each query or key of a head to features whose dot product imitates `exp(q·k/√D)` and is not negative.
 
-    Queries and keys have an instance each. Maps are applied after rotary, in float32, token by token, so that nothing
-    depends on other tokens or on the length of the text.
+    Queries and keys have an instance each. Maps work in float32, token by token, so that nothing depends on other
+    tokens or on the length of the text.
 
     Args:
         head_dim: D, the size of the queries and keys.
         num_heads: Heads this instance sees (H for queries, G for keys); learned maps have parameters per head.
     """
+
+    before_rotary: ClassVar[bool] = False  # whether it maps queries and keys as they were before rotary
+    uses_positions: ClassVar[bool] = False  # whether features depend on the token's position
+    max_position: int | None = None  # how many tokens a text may have, where there is a limit
 
     def __init__(self, head_dim: int, num_heads: int) -> None:
         super().__init__()
@@ -37,13 +45,38 @@ class FeatureMap(nn.Module):
         return 2 * self.head_dim
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """Map float32 (or float64) x `[B,H,T,D]` to its features `[B,H,T,F]`."""
+        """Map float32 (or float64) x `[B, H, T, D]` to its features `[B, H, T, F]`."""
         raise NotImplementedError
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map x `[B,H,T,D]` to `[B,H,T,F]` in the dtype of x; computed in at least float32."""
+    def features_at(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Map x `[B, H, T, D]` of tokens at `positions` `[B or 1, T]`, for maps that use them."""
+        raise NotImplementedError
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+        """Map x to features `[B, H, T, F]`, computed in at least float32.
+
+        Args:
+            x: `[B, H, T, D]`; or `[B, H, T, 2D]`, where those before rotary stand behind those after it: the map takes
+                the last D.
+            positions: `[B or 1, T]`, for maps that use them.
+
+        Returns:
+            Features in the dtype of x, but float32 for float16, whose range is too small for some.
+        """
+        x = x[..., -self.head_dim :]
         wide = x if x.dtype == torch.float64 else x.float()
-        return self.features(wide).to(x.dtype)
+        if self.uses_positions:
+            assert positions is not None
+            features = self.features_at(wide, positions)
+        else:
+            features = self.features(wide)
+        return features.to(compute_dtype(x.dtype))
 
     def reset_parameters(self) -> None:
         """Set learned parameters to their documented start (maps without parameters have nothing to do)."""
+
+
+def map_options(name: str) -> list[str]:
+    """Return the names of the options that the feature map called `name` has of its own."""
+    parameters = inspect.signature(FEATURE_MAPS.get(name).__init__).parameters
+    return [key for key in parameters if key not in ("self", "head_dim", "num_heads")]

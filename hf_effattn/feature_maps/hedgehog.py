@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from .base import FEATURE_MAPS, FeatureMap
+from .projection import project
 
 
 @FEATURE_MAPS.register("hedgehog")
@@ -29,7 +30,7 @@ class Hedgehog(FeatureMap):
         return 2 * self.head_dim**2 + 5 * self.feature_dim
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        x = torch.matmul(x, self.weight.to(x.dtype).transpose(1, 2))  # [B, H, T, D]
+        x = project(x, self.weight)  # [B, H, T, D]
         return torch.cat((x.softmax(dim=-1), (-x).softmax(dim=-1)), dim=-1)  # [B, H, T, F]
 
     def reset_parameters(self) -> None:

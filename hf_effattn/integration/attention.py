@@ -46,6 +46,7 @@ def effattn_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     effattn_layer: EffAttnCacheLayer | None = None,
+    effattn_rotary: Any = None,
     is_causal: bool | None = None,
     output_attentions: bool | None = None,
     **kwargs: Any,
@@ -56,6 +57,7 @@ def effattn_attention(
         query: `[B, H, T, D]`; key `[B, G, T, D]`; value `[B, G, T, V]`, after rotary, heads not repeated.
         attention_mask: None, segments, or one of transformers' masks; see `read_mask`.
         effattn_layer: The cache layer bound to this call; None without a cache.
+        effattn_rotary: The angles by which queries and keys were rotated, where the mechanism asks for them.
 
     Returns:
         Output `[B, T, H, V]`, contiguous, and the attention weights `[B, H, T, T]` if they are asked for and there is
@@ -84,6 +86,10 @@ def effattn_attention(
     dtype = _common_dtype(query, key, value)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     mechanism: Any = module.effattn
+    before = None
+    if mechanism.before_rotary:
+        undo = mechanism.undo_rotary
+        before = (query, key) if undo is None else undo(query, key, effattn_rotary)
     attend = functools.partial(
         mechanism,
         query,
@@ -91,6 +97,7 @@ def effattn_attention(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         segments=segments,
         dropout=dropout,
+        before_rotary=before,
     )
     weights = None
     with torch.autocast(query.device.type, enabled=False):

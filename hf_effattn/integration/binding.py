@@ -71,10 +71,15 @@ def remove_hook(module: nn.Module, hook: Any) -> None:
 
 
 def bind_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-    """Forward pre-hook: find the cache among the arguments and pass this layer's part on to the attention function."""
+    """Forward pre-hook: find the cache among the arguments and pass this layer's part on to the attention function.
+
+    Where the mechanism needs queries and keys before rotary, it gets the angles too.
+    """
+    if module.effattn.undo_rotary is not None:  # type: ignore[union-attr]
+        kwargs = {**kwargs, "effattn_rotary": _angles(kwargs)}
     cache = kwargs.get(module.effattn.cache_argument)  # type: ignore[union-attr,arg-type]
     if cache is None:
-        return None
+        return args, kwargs
     if isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache):
         raise TypeError(
             f"converted layers keep their state in a transformers Cache (DynamicCache); got {type(cache).__name__}"
@@ -86,6 +91,12 @@ def bind_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         _refuse_packing(kwargs)
     layer.bind(module.effattn.cache_owner)  # type: ignore[union-attr,arg-type]
     return args, {**kwargs, "effattn_layer": layer}
+
+
+def _angles(kwargs: dict[str, Any]) -> Any:
+    if kwargs.get("position_embeddings") is None:
+        raise ValueError("queries and keys before rotary are needed, but the layer was called without the angles")
+    return kwargs["position_embeddings"]
 
 
 def own_layer(cache: Cache, index: int, mask: Any = None) -> EffAttnCacheLayer:

@@ -198,15 +198,6 @@ def make_pattern(name: str, options: dict[str, Any]) -> Pattern:
     return factory(**options)
 
 
-def whole_number(name: str, value: Any, least: int) -> int:
-    """Return `value` if it is an integer of at least `least`, else raise an error that says so."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer of at least {least}; got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}; got {value}")
-    return value
-
-
 def _describe(spec: dict[str, Any]) -> str:
     if not spec:
         return "custom"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .base import Band, Pattern, Retention, register_pattern, whole_number
+from ..notation import whole_number
+from .base import Band, Pattern, Retention, register_pattern
 
 
 @register_pattern("dilated")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .base import Pattern, Retention, register_pattern, whole_number
+from ..notation import whole_number
+from .base import Pattern, Retention, register_pattern
 
 
 @register_pattern("fixed")

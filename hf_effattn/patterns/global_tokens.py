@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
-from .base import Pattern, Retention, register_pattern, whole_number
+from ..notation import whole_number
+from .base import Pattern, Retention, register_pattern
 
 
 @register_pattern("global_tokens")

@@ -29,7 +29,8 @@ def hybrid_attention(
     kv_heads, chunk = stream.key.shape[1], options.chunk_size
     past = stream.key.shape[2] - tokens
     if past == 0 and tokens <= options.window:  # nothing has left the window yet: softmax attention, exactly
-        return LinearOutput(attend_causal(query, stream.key, stream.value, options.scale), state)
+        plain_query, plain_key = options.scored(query), options.scored(stream.key)
+        return LinearOutput(attend_causal(plain_query, plain_key, stream.value, options.scale), state)
     dtype = compute_dtype(query.dtype)
     collector = Collector(query, stream.value.shape[-1])
     carry = joined(state).flatten(0, 1)
@@ -40,20 +41,32 @@ def hybrid_attention(
         plain = stream.least + low >= options.num_sinks
         real = None if plain else stream.positions(low, low + options.window + length) >= options.num_sinks
         q = query[:, :, start:end]
-        folded = fold(q.to(dtype), kv_heads, chunk, length)
-        features = options.key_map(key[:, :, :length]).to(dtype)
+        folded = fold(options.scored(q).to(dtype), kv_heads, chunk, length)
+        here = key_at = None
+        if options.uses_positions:
+            here, key_at = stream.positions(past + start, past + end), stream.positions(low, low + length)
+        features = options.key_map(key[:, :, :length], key_at).to(dtype)
         arrived = _arrived(real, lengths, start, length)
         if arrived is not None:
             features = features * arrived[:, None, :, None].to(dtype)
         if end - start < length:  # what stands behind the last token's far key is none
             features = functional.pad(features[:, :, : end - start], (0, 0, 0, length - (end - start)))
         far, carry = linear_segment(
-            fold(options.query_map(q).to(dtype), kv_heads, chunk, length),
+            fold(options.query_map(q, here).to(dtype), kv_heads, chunk, length),
             fold(features, kv_heads, chunk, length),
             fold(with_ones(value[:, :, :length].to(dtype)), kv_heads, chunk, length),
             carry,
         )
-        output = _join(folded, key.to(dtype), value.to(dtype), far.to(carry.dtype), stream, real, past + start, options)
+        output = _join(
+            folded,
+            options.scored(key).to(dtype),
+            value.to(dtype),
+            far.to(carry.dtype),
+            stream,
+            real,
+            past + start,
+            options,
+        )
         output = unfold(output, kv_heads, chunk, end - start)
         collector.add(output.reshape(batch, heads, end - start, -1).to(query.dtype))
     return LinearOutput(collector.result(), split(carry.view(batch, kv_heads, *carry.shape[1:])))
@@ -136,7 +149,10 @@ def _sink_scores(
     """Scores of the sinks `[B·G, N, R·C, sinks]`, minus infinity where a query comes before a sink."""
     folded, chunks, rows, _ = query.shape
     chunk, num_sinks = options.chunk_size, sink_key.shape[2]
-    scores = torch.matmul(query, sink_key.to(query.dtype).flatten(0, 1)[:, None].transpose(2, 3)) * options.scale
+    scores = (
+        torch.matmul(query, options.scored(sink_key).to(query.dtype).flatten(0, 1)[:, None].transpose(2, 3))
+        * options.scale
+    )
     if stream.least + first >= num_sinks:
         return scores
     positions = stream.positions(first, first + chunks * chunk).view(-1, 1, chunks, 1, chunk, 1)

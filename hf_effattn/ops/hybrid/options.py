@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+
+from ...feature_maps import FeatureMap
 
 
 class HybridOptions(NamedTuple):
     """The constants and learned parts of one hybrid layer.
 
     Args:
-        query_map: φ for queries, `[B, H, T, D] -> [B, H, T, F]`.
-        key_map: φ for keys, `[B, G, T, D] -> [B, G, T, F]`.
+        query_map: φ for queries.
+        key_map: φ for keys.
         bias: b `[H]`, added to the logarithm of the linear part's mass: very negative closes the linear part.
         window: Visible keys of the softmax part, the query's own included.
         num_sinks: First tokens of each row, which stay in the softmax part.
@@ -21,10 +22,18 @@ class HybridOptions(NamedTuple):
         chunk_size: Tokens of one chunk of the parallel form.
     """
 
-    query_map: Callable[[torch.Tensor], torch.Tensor]
-    key_map: Callable[[torch.Tensor], torch.Tensor]
+    query_map: FeatureMap
+    key_map: FeatureMap
     bias: torch.Tensor
     window: int
     num_sinks: int
     scale: float
     chunk_size: int = 64
+
+    def scored(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the part of queries or keys `[..., D or 2D]` that softmax attention is about: after rotary."""
+        return x[..., : self.query_map.head_dim]
+
+    @property
+    def uses_positions(self) -> bool:
+        return self.query_map.uses_positions

@@ -18,6 +18,7 @@ def step(
     visible: torch.Tensor | None,
     state: LinearState,
     options: HybridOptions,
+    position: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the output `[B, H, 1, V]` of one query.
 
@@ -27,15 +28,18 @@ def step(
         visible: Which of them are real `[B, S]`; None for all.
         state: The linear past: every key that has left the window.
         options: The layer's constants and learned parts.
+        position: Position of the query in each row `[B, 1]`, for feature maps that use it.
     """
-    batch, heads, _, head_dim = query.shape
+    batch, heads = query.shape[:2]
     kv_heads, wide = keys.shape[1], state.kv.dtype
-    q = query.view(batch, kv_heads, heads // kv_heads, head_dim)
+    q = options.scored(query).reshape(batch, kv_heads, heads // kv_heads, -1)
     dtype = compute_dtype(query.dtype)
-    scores = torch.matmul(q.to(dtype), keys.to(dtype).transpose(2, 3)).to(wide) * options.scale  # [B, G, R, S]
+    scores = (
+        torch.matmul(q.to(dtype), options.scored(keys).to(dtype).transpose(2, 3)).to(wide) * options.scale
+    )  # [B, G, R, S]
     if visible is not None:
         scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
-    numerator, denominator = (x.view(*q.shape[:3], -1) for x in read(options.query_map(query), state))
+    numerator, denominator = (x.view(*q.shape[:3], -1) for x in read(options.query_map(query, position), state))
     logit = linear_logit(denominator, options.bias.to(wide).view(kv_heads, -1, 1))
     weights = torch.cat((scores, logit), dim=-1).softmax(dim=-1)
     output = torch.matmul(weights[..., :-1].to(dtype), values.to(dtype)).to(wide)

@@ -28,11 +28,15 @@ def hybrid_attention(
         return x.double().repeat_interleave(groups, dim=1)
 
     keys, values = torch.cat((sink_key, stream.key), dim=2), torch.cat((sink_value, stream.value), dim=2)
-    scores = torch.einsum("bhtd,bhsd->bhts", query.double() * options.scale, repeat(keys))
+    scores = torch.einsum(
+        "bhtd,bhsd->bhts", options.scored(query).double() * options.scale, repeat(options.scored(keys))
+    )
     scores = scores.masked_fill(~torch.cat((sinks, near), dim=-1), -torch.inf)
     peak = scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).min)
     softmax = (scores - peak).exp()
-    query_features, features = options.query_map(query).double(), options.key_map(stream.key)
+    places = positions[:, 0, 0]  # [B or 1, S]
+    query_features = options.query_map(query, places[:, past:]).double()
+    features = options.key_map(stream.key, places)
     linear = torch.einsum("bhtf,bhsf->bhts", query_features, repeat(features)) * far
     numerator = linear @ repeat(stream.value) + query_features @ repeat(state.kv)
     denominator = linear.sum(-1, keepdim=True) + query_features @ repeat(state.normalizer)[..., None]

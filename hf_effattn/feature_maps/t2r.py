@@ -1,0 +1,47 @@
+"""The T2R feature map."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..notation import whole_number
+from .base import FEATURE_MAPS, FeatureMap
+from .projection import orthogonal_rows, project
+
+
+@FEATURE_MAPS.register("t2r")
+class T2R(FeatureMap):
+    """`φ(x) = relu(W x + b)`, W and b learned per head (Transformer-to-RNN; Kasai 2021, arXiv 2103.13076).
+
+    W starts as the identity, or with orthogonal rows if F is not D; b starts at 0.
+
+    Args:
+        head_dim: D.
+        num_heads: Heads this instance sees.
+        feature_dim: F; default D.
+    """
+
+    def __init__(self, head_dim: int, num_heads: int, feature_dim: int | None = None) -> None:
+        super().__init__(head_dim, num_heads)
+        self.rows = head_dim if feature_dim is None else whole_number("feature_dim", feature_dim, 1)
+        self.weight = nn.Parameter(torch.empty(num_heads, self.rows, head_dim))  # [H, F, D]
+        self.bias = nn.Parameter(torch.empty(num_heads, 1, self.rows))  # [H, 1, F]
+        self.reset_parameters()
+
+    @property
+    def feature_dim(self) -> int:
+        return self.rows
+
+    @property
+    def flops_per_token(self) -> int:
+        return 2 * self.head_dim * self.rows + 2 * self.rows
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        return (project(x, self.weight) + self.bias.to(x.dtype)).relu()
+
+    def reset_parameters(self) -> None:
+        start = torch.eye(self.rows) if self.rows == self.head_dim else orthogonal_rows(self.rows, self.head_dim)
+        with torch.no_grad():
+            self.weight.copy_(start.expand_as(self.weight))
+            self.bias.zero_()
