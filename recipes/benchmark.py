@@ -1,4 +1,4 @@
-"""Measure attention layers side by side: python recipes/benchmark.py --suite prefill decode memory --out results.json
+"""Measure attention side by side: python recipes/benchmark.py --suite prefill decode train memory --out results.json
 
 All variants of a suite run in turn, several rounds, beside dense attention and one matrix product (`gemm1k`, what the
 machine gives); minimum is compared with minimum. Times of different runs or machines mean nothing: quote the ratios.
@@ -11,88 +11,54 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads distort small operations; set before torch loads
 
 import argparse
+import contextlib
 import json
 import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import scratch
+import suites
 import torch
 import transformers
-from layers import CONFIGS, HEADS, SCALE, inputs, mechanism
-from tables import markdown
-from torch.nn.functional import scaled_dot_product_attention
+from layers import CONFIGS, SHAPES, Bench
+from plots import ratios
+from rich.console import Console
+from tables import BASELINES, markdown
 from tqdm import tqdm
-from transformers.cache_utils import DynamicLayer
 
 import hf_effattn
-from hf_effattn.cache import EffAttnCacheLayer
+from hf_effattn.ops.linear import CHUNK_SIZE
 
-Run = Callable[[], object]
-
-
-def prefill_runs(length: int, dtype: torch.dtype) -> dict[str, Run]:
-    """One whole prompt through one layer, feature maps included."""
-    q, k, v = inputs(length, dtype)
-    a = torch.randn(1024, 1024).to(dtype)
-    runs: dict[str, Run] = {
-        "gemm1k": lambda: a @ a,
-        "dense SDPA": lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
-    }
-    for name in CONFIGS:
-        layer = mechanism(name, dtype)
-        runs[name] = lambda layer=layer: layer(q, k, v, scale=SCALE)  # type: ignore[misc]
-    return runs
+LENGTHS = {
+    "prefill": [1024, 4096, 16384, 32768],
+    "crossover": [128, 256, 512, 768, 1024, 2048],
+    "decode": [1024, 8192, 65536],
+    "train": [2048, 8192],
+    "model": [512, 2048, 8192],
+    "memory": [16384, 32768, 65536],
+}
+TRAINED = 8192  # tokens of the training step whose memory is measured
 
 
-def decode_runs(length: int, dtype: torch.dtype) -> dict[str, Run]:
-    """One more token after `length` of them, state and cache update included."""
-    q, k, v = inputs(length, dtype)
-    one = [x[:, :, -1:] for x in (q, k, v)]
-    runs: dict[str, Run] = {}
+def timed(runs: dict[Any, suites.Run], rounds: int, wait: Callable[[], None]) -> dict[Any, float]:
+    """Least seconds of each run over interleaved rounds; short runs are repeated for some 30 ms in each.
 
-    def dense() -> Run:
-        layer = DynamicLayer()
-        layer.update(k, v)
-
-        def step() -> None:
-            keys, values = layer.update(one[1], one[2])
-            scaled_dot_product_attention(one[0], keys, values, enable_gqa=True)
-            layer.crop(-1)
-
-        return step
-
-    def converted(name: str) -> Run:
-        net, layer = mechanism(name, dtype), EffAttnCacheLayer()
-
-        def call(*tokens: torch.Tensor) -> None:
-            layer.bind("benchmark")
-            layer.update(tokens[1], tokens[2])
-            layer.claim(tokens[1].shape[2])
-            net(*tokens, scale=SCALE, cache_layer=layer)
-
-        call(q, k, v)
-        return lambda: call(*one)
-
-    base = torch.zeros(1, 3, 64, 64)
-    runs["add_ dispatch"] = lambda: base.add_(1.0)
-    runs["dense DynamicCache"] = dense()
-    return runs | {name: converted(name) for name in CONFIGS}
-
-
-def timed(runs: dict[Any, Run], rounds: int) -> dict[Any, float]:
-    """Least seconds of each run over interleaved rounds; short runs are repeated for some 30 ms in each."""
+    Args:
+        wait: Waits until the device has done its work.
+    """
     best = dict.fromkeys(runs, float("inf"))
     for run in runs.values():
         run()
     for name in tqdm(list(runs) * rounds, leave=False):
         began = time.perf_counter()
         while True:
+            wait()
             start = time.perf_counter()
             runs[name]()
+            wait()
             end = time.perf_counter()
             best[name] = min(best[name], end - start)
             if end - began > 0.03:
@@ -100,64 +66,72 @@ def timed(runs: dict[Any, Run], rounds: int) -> dict[Any, float]:
     return best
 
 
-def scratch_bytes(name: str, length: int, dtype: str) -> int:
-    """Peak memory of a prefill beyond inputs and output, measured in a process of its own (see `scratch.py`)."""
-    command = [sys.executable, str(Path(__file__).with_name("scratch.py")), name, str(length), dtype]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+def memory(lengths: list[int], dtype: str) -> dict[str, dict[int, dict[str, float]]]:
+    """Megabytes beyond inputs and outputs, of prefills and of training steps."""
+    trained = ["dense SDPA", *CONFIGS, "linear elu" + scratch.AUTOGRAD, "linear hedgehog" + scratch.AUTOGRAD]
+    jobs = [("prefill", name, length) for length in lengths for name in CONFIGS]
+    jobs += [("train", name, min(TRAINED, max(lengths))) for name in trained]
+    found: dict[str, dict[int, dict[str, float]]] = {}
+    for what, name, length in tqdm(jobs, leave=False):
+        bytes_ = scratch.measured(what, name, length, dtype)
+        found.setdefault(what, {}).setdefault(length, {})[name] = round(bytes_ / 2**20, 1)
+    return found
 
 
 def size(text: str) -> int:
     return int(text[:-1]) * 1024 if text.endswith("k") else int(text)
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suite", nargs="+", choices=("prefill", "decode", "memory"), default=["prefill", "decode"])
-    parser.add_argument("--lengths", nargs="+", type=size, default=[1024, 4096, 16384], help="of prompts, such as 4k")
-    parser.add_argument("--contexts", nargs="+", type=size, default=[1024, 8192, 65536], help="before a decoding step")
+    parser.add_argument("--suite", nargs="+", choices=LENGTHS, default=["prefill", "decode"])
+    parser.add_argument("--lengths", nargs="+", type=size, help="such as 4k, for all suites; default: each has its own")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2-135m", help="heads of the layer")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="write all numbers as JSON, and a table as .md")
-    options = parser.parse_args()
+    parser.add_argument("--out", type=Path, help="write all numbers as JSON, tables as .md, and a plot as .png")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
     torch.set_num_threads(options.threads)
-    dtype = getattr(torch, options.dtype)
-    versions = {
-        "hf_effattn": hf_effattn.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    result: dict[str, Any] = {"versions": versions, "machine": platform.machine(), "heads": HEADS.__dict__}
-    result |= {"seconds": {}, "scratch": {}}
+    bench = Bench(options.shape, getattr(torch, options.dtype), options.device)
+    device = torch.cuda.get_device_name() if options.device.startswith("cuda") else f"{platform.machine()} CPU"
+    result: dict[str, Any] = {"device": device, "heads": bench.heads.__dict__, "seconds": {}, "megabytes": {}}
+    result["versions"] = {m.__name__: m.__version__ for m in (hf_effattn, torch, transformers)}
     result |= {key: getattr(options, key) for key in ("dtype", "rounds", "threads")}
-    for suite, makes, sizes, dense in (
-        ("prefill", prefill_runs, options.lengths, "dense SDPA"),
-        ("decode", decode_runs, options.contexts, "dense DynamicCache"),
-    ):
-        if suite not in options.suite:
+    wait = torch.cuda.synchronize if options.device.startswith("cuda") else lambda: None
+    for suite in options.suite:
+        lengths = options.lengths or LENGTHS[suite]
+        if suite == "memory":
+            result["megabytes"] = memory(lengths, options.dtype)
             continue
-        with torch.inference_mode():
-            runs = {(length, name): run for length in sizes for name, run in makes(length, dtype).items()}
-            best = timed(runs, options.rounds)
-        print(f"\n{suite}: time of dense attention / time ({options.dtype}, {options.threads} thread)")
-        for length in sizes:
-            result["seconds"].setdefault(suite, {})[length] = {name: best[n, name] for n, name in best if n == length}
-            ratios = "  ".join(f"{name} {best[length, dense] / best[length, name]:.2f}x" for name in CONFIGS)
-            print(f"{length:>7,}  {ratios}")
-        if suite == "decode":
-            flat = "  ".join(f"{name} {best[sizes[-1], name] / best[sizes[0], name]:.2f}" for name in CONFIGS)
-            print(f"time of a step at {sizes[-1]:,} / at {sizes[0]:,}:  {flat}")
-    if "memory" in options.suite:
-        print("\nmemory: MB of a prefill beyond inputs and output")
-        for length in (16384, 32768, 65536):
-            found = {name: scratch_bytes(name, length, options.dtype) for name in CONFIGS}
-            result["scratch"][length] = found
-            print(f"{length:>7,}  " + "  ".join(f"{name} {value / 2**20:.0f}" for name, value in found.items()))
+        make = {"crossover": suites.prefill}.get(suite) or getattr(suites, suite)
+        with contextlib.nullcontext() if suite == "train" else torch.inference_mode():
+            made = {length: make(bench, length) for length in lengths}
+            best = timed({(n, name): run for n in lengths for name, run in made[n].items()}, options.rounds, wait)
+        result["seconds"][suite] = {n: {name: best[n, name] for name in made[n]} for n in lengths}
+    if set(BASELINES) & set(result["seconds"]):
+        result["gemm share"] = gemm_share(bench, result["seconds"])
+    text = markdown(result)
+    Console(width=160).print(text, markup=False, highlight=False)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1) + "\n")
-        options.out.with_suffix(".md").write_text(markdown(result))
-        print(f"\nwritten: {options.out} and {options.out.with_suffix('.md').name}")
+        options.out.with_suffix(".md").write_text(text)
+        if result["seconds"]:
+            ratios(result["seconds"], options.out.with_suffix(".png"))
+        print(f"written: {options.out}, with tables in .md and a plot in .png")
+
+
+def gemm_share(bench: Bench, seconds: dict[str, Any]) -> dict[int, float]:
+    """Share of the yardstick's rate that linear attention of given features reaches, by length."""
+    rows = {n: row for n, row in seconds.get("prefill", {}).items() if suites.GIVEN in row}
+    flops = bench.chunk_flops(suites.FEATURES, CHUNK_SIZE)
+    return {n: flops * n / row[suites.GIVEN] / (2 * 1024**3 / row["gemm1k"]) for n, row in rows.items()}
 
 
 if __name__ == "__main__":

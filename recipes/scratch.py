@@ -1,15 +1,21 @@
-"""Print the bytes a prefill needs beyond inputs and output: python recipes/scratch.py "linear elu" 32768 float32
+"""Print the bytes a layer needs beyond inputs and outputs: python recipes/scratch.py prefill "linear elu" 8192 float32
 
 Peak memory of a process only grows, so each measurement is a process of its own. Reads /proc: Linux only.
 """
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from layers import SCALE, inputs, mechanism
+from layers import Bench
+from suites import sdpa
+
+from hf_effattn.ops.linear import chunked, gradient
+
+AUTOGRAD = ", plain autograd"  # appended to a layer's name: without the backward pass of its own
 
 
 def resident(key: str) -> int:
@@ -18,17 +24,47 @@ def resident(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-@torch.inference_mode()
-def measure(name: str, length: int, dtype: torch.dtype) -> int:
-    torch.set_num_threads(1)
-    layer = mechanism(name, dtype)
-    layer(*inputs(4096, dtype), scale=SCALE)  # libraries allocate their own buffers once
-    query, key, value = inputs(length, dtype)
+def prefill(bench: Bench, name: str, length: int) -> list[torch.Tensor]:
+    layer, tensors = bench.mechanism(name), bench.inputs(length)
+    start()
+    with torch.inference_mode():
+        return [layer(*tensors, scale=bench.scale)]
+
+
+def train(bench: Bench, name: str, length: int) -> list[torch.Tensor]:
+    """Forward and backward; the gradients of the inputs count as outputs."""
+    tensors = [x.requires_grad_() for x in bench.inputs(length)]
+    learned: list[torch.Tensor] = []
+    function = sdpa
+    if name != "dense SDPA":
+        layer = bench.mechanism(name.removesuffix(AUTOGRAD))
+        learned = list(layer.parameters())
+        function = lambda *x: layer(*x, scale=bench.scale)  # noqa: E731
+    start()
+    output = function(*tensors)
+    grads = torch.autograd.grad(output, [*tensors, *learned], torch.ones_like(output))
+    return [output, *grads]
+
+
+def start() -> None:
+    global before
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
-    output = layer(query, key, value, scale=SCALE)
-    return max(resident("VmHWM") - before - output.nbytes, 0)
+
+
+def measured(what: str, name: str, length: int, dtype: str) -> int:
+    """Measure in a process of its own."""
+    command = [sys.executable, __file__, what, name, str(length), dtype]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 if __name__ == "__main__":
-    print(measure(sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3])))
+    torch.set_num_threads(1)
+    what, name, length, dtype = sys.argv[1:]
+    bench, before = Bench(dtype=getattr(torch, dtype)), 0
+    run = {"prefill": prefill, "train": train}[what]
+    if name.endswith(AUTOGRAD):
+        gradient.linear_attention = chunked.in_segments
+    run(bench, name, 4096)  # libraries allocate their own buffers once
+    outputs = run(bench, name, int(length))
+    print(max(resident("VmHWM") - before - sum(x.nbytes for x in outputs), 0))

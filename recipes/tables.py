@@ -4,29 +4,45 @@ from __future__ import annotations
 
 from typing import Any
 
-from layers import CONFIGS, HEADS
+# What every time of a suite is compared with, and what is no attention layer.
+BASELINES = {
+    "prefill": "dense SDPA",
+    "crossover": "dense SDPA",
+    "decode": "dense DynamicCache",
+    "train": "dense SDPA",
+    "model": "dense",
+}
+YARDSTICKS = ("gemm1k", "add_ dispatch")
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """Return the ratios to dense attention, and the scratch memory, as Markdown tables."""
+    """Return ratios to dense attention, and memory, as Markdown tables."""
+    heads = result["heads"]
     lines = [
-        f"One attention layer: {HEADS.num_heads} query heads, {HEADS.num_kv_heads} key/value heads, head dimension "
-        f"{HEADS.head_dim}, one row, {result['dtype']}; {result['threads']} thread(s), least time of "
-        f"{result['rounds']} interleaved rounds, feature maps included; {result['machine']} CPU, torch "
-        f"{result['versions']['torch']}."
+        f"One attention layer: {heads['num_heads']} query heads, {heads['num_kv_heads']} key/value heads, head "
+        f"dimension {heads['head_dim']}, one row, {result['dtype']}; {result['threads']} thread(s), least time of "
+        f"{result['rounds']} interleaved rounds, feature maps included; {result['device']}, torch "
+        f"{result['versions']['torch']}. The suite `model` is SmolLM2-135M as a whole."
     ]
-    tables: dict[str, dict[Any, dict[str, str]]] = {}
-    for suite, dense in (("prefill", "dense SDPA"), ("decode", "dense DynamicCache")):
-        times = result["seconds"].get(suite, {})
-        tables[f"{suite}: dense / time"] = {
-            n: {x: f"{t[dense] / t[x]:.2f}x" for x in CONFIGS} for n, t in times.items()
-        }
-    tables["MB beyond inputs and output"] = {
-        n: {x: f"{bytes_ / 2**20:.0f}" for x, bytes_ in found.items()} for n, found in result["scratch"].items()
-    }
-    for title, columns in tables.items():
-        if columns:
-            sizes = " | ".join(f"{int(n):,}" for n in columns)
-            lines += ["", f"| {title} | {sizes} |", "|---" * (1 + len(columns)) + "|"]
-            lines += [f"| {name} | {' | '.join(cell[name] for cell in columns.values())} |" for name in CONFIGS]
+    for suite, times in result["seconds"].items():
+        dense = BASELINES[suite]
+        cells = {n: {x: f"{row[dense] / t:.2f}x" for x, t in row.items()} for n, row in times.items()}
+        lines += _table(f"{suite}: time of {dense} / time", cells, (*YARDSTICKS, dense))
+        if suite == "decode":
+            first, last = min(times), max(times)
+            flat = {x: f"{times[last][x] / times[first][x]:.2f}" for x in times[last]}
+            lines += _table(f"decode: time at {last:,} / time at {first:,}", {"": flat}, (*YARDSTICKS, dense))
+    if result.get("gemm share"):
+        share = "; ".join(f"{n:,} tokens {part:.0%}" for n, part in result["gemm share"].items())
+        lines += ["", f"Linear attention with features given reaches this share of the yardstick's rate: {share}."]
+    for what, found in result["megabytes"].items():
+        cells = {n: {x: f"{value:.0f}" for x, value in row.items()} for n, row in found.items()}
+        lines += _table(f"{what}: MB beyond inputs and outputs", cells, ())
     return "\n".join(lines) + "\n"
+
+
+def _table(title: str, columns: dict[Any, dict[str, str]], left_out: tuple[str, ...]) -> list[str]:
+    names = list(dict.fromkeys(name for column in columns.values() for name in column if name not in left_out))
+    sizes = " | ".join(f"{n:,}" if isinstance(n, int) else n for n in columns)
+    lines = ["", f"| {title} | {sizes} |", "|---" * (1 + len(columns)) + "|"]
+    return lines + [f"| {name} | {' | '.join(column.get(name, '') for column in columns.values())} |" for name in names]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
+from hf_effattn.feature_maps import FEATURE_MAPS
 from hf_effattn.ops.linear import BACKENDS, LinearState, linear_attention
 
 FAST = sorted(set(BACKENDS) - {"reference"})
@@ -68,6 +70,37 @@ def test_gradients_are_those_of_the_reference(backend: str) -> None:
         gradients[name] = torch.autograd.grad(loss, [*leaves, *state])
     for actual, expected in zip(gradients[backend], gradients["reference"], strict=True):
         assert relative(actual, expected) <= 2e-6
+
+
+@pytest.mark.parametrize("length", [40, 130, 1100])
+@pytest.mark.parametrize("name", list(FEATURE_MAPS))
+def test_mapping_by_segments_is_mapping_all(name: str, length: int) -> None:
+    """Outputs, states and gradients, of the maps' parameters too, with padding and a past."""
+    maps = [FEATURE_MAPS.get(name)(16, heads) for heads in (6, 2)]
+    torch.manual_seed(0)
+    for parameter in (p for m in maps for p in m.parameters()):
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    leaves = [torch.randn(2, heads, length, dim, requires_grad=True) for heads, dim in ((6, 16), (2, 16), (2, 5))]
+    features = maps[1](torch.randn(2, 2, 9, 16), torch.arange(9)[None]).detach()
+    state = LinearState(features.transpose(2, 3) @ torch.randn(2, 2, 9, 5), features.sum(dim=2))
+    leaves += [x.requires_grad_() for x in state]
+    mask = torch.rand(2, length) > 0.2
+    at = torch.arange(length)[None] + torch.tensor([[9], [12]])
+    weight = torch.randn(2, 6, length, 5)
+    everything = [*leaves, *(p for m in maps for p in m.parameters())]
+    options: dict[str, Any] = {"state": LinearState(*leaves[3:]), "padding_mask": mask, "positions": at}
+    options |= {"query_map": maps[0], "key_map": maps[1], "chunk_size": 32}
+    found = {}
+    for backend in ("reference", "chunked"):
+        call = functools.partial(linear_attention, *leaves[:3], backend=backend, **options)
+        output, new = call()
+        loss = (output * weight).sum() + new.kv.pow(2).mean() + new.normalizer.mean()
+        found[backend] = [output, *new, *torch.autograd.grad(loss, everything)]
+        with torch.no_grad():
+            again = call()
+        assert torch.equal(again.output, output)
+    for index, (actual, expected) in enumerate(zip(found["chunked"], found["reference"], strict=True)):
+        assert relative(actual, expected) <= (2e-6 if index > 2 else 1e-6), index
 
 
 @fast

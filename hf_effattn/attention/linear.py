@@ -10,11 +10,9 @@ from torch import nn
 from ..cache import KeyValueState, KeyValueStore
 from ..config import LinearConfig
 from ..feature_maps import FEATURE_MAPS
-from ..ops.collector import Collector
 from ..ops.hybrid import HybridOptions, hybrid_attention
 from ..ops.hybrid import step as hybrid_step
 from ..ops.linear import LinearState, empty_state, linear_attention, recurrent
-from ..ops.linear.chunked import segments
 from ..patterns import Retention
 from .base import MECHANISMS, Call, HeadGeometry, Mechanism
 
@@ -179,26 +177,21 @@ class LinearAttention(Mechanism):
         call: Call,
         positions: torch.Tensor | None,
     ) -> tuple[torch.Tensor, LinearState]:
-        """Attend without a window, mapping one segment at a time."""
-        tokens = query.shape[2]
         mask = None
         if call.lengths is not None:
-            mask = torch.arange(tokens, device=query.device) < call.lengths[:, None]
-        collector = Collector(query, value.shape[-1])
-        for start, end in segments(tokens, self.options.chunk_size):
-            at = None if positions is None else positions[:, start:end]
-            q, k = (f(x[:, :, start:end], at) for f, x in ((self.query_map, query), (self.key_map, key)))
-            output, state = linear_attention(
-                q,
-                k,
-                value[:, :, start:end].to(k.dtype),
-                state=state,
-                padding_mask=None if mask is None else mask[:, start:end],
-                chunk_size=self.options.chunk_size,
-                backend="reference" if self.options.backend == "reference" else "auto",
-            )
-            collector.add(output.to(query.dtype))
-        return collector.result(), state
+            mask = torch.arange(query.shape[2], device=query.device) < call.lengths[:, None]
+        return linear_attention(
+            query,
+            key,
+            value,
+            state=state,
+            padding_mask=mask,
+            query_map=self.query_map,
+            key_map=self.key_map,
+            positions=positions,
+            chunk_size=self.options.chunk_size,
+            backend=self.options.backend,
+        )
 
     def _attend_hybrid(
         self, state: HybridState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call

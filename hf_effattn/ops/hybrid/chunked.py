@@ -13,7 +13,8 @@ from torch.nn import functional
 from ...notation import compute_dtype
 from ..collector import Collector
 from ..linear import LinearOutput, LinearState
-from ..linear.chunked import fold, linear_segment, segments, unfold, with_ones
+from ..linear.plan import Plan
+from ..linear.segment import attend, fold, fold_segment, segments, states_before, unfold
 from ..linear.state import joined, split
 from ..sparse.masked import attend_causal
 from ..stream import Stream
@@ -26,14 +27,14 @@ def hybrid_attention(
 ) -> LinearOutput:
     """Compute segment by segment; arguments as in `hf_effattn.ops.hybrid.hybrid_attention`."""
     batch, heads, tokens, _ = query.shape
-    kv_heads, chunk = stream.key.shape[1], options.chunk_size
+    chunk = options.chunk_size
     past = stream.key.shape[2] - tokens
     if past == 0 and tokens <= options.window:  # nothing has left the window yet: softmax attention, exactly
         plain_query, plain_key = options.scored(query), options.scored(stream.key)
         return LinearOutput(attend_causal(plain_query, plain_key, stream.value, options.scale), state)
     dtype = compute_dtype(query.dtype)
     collector = Collector(query, stream.value.shape[-1])
-    carry = joined(state).flatten(0, 1)
+    carry = joined(state)
     for start, end in segments(tokens, chunk):
         length = -(-(end - start) // chunk) * chunk
         low = past + start - options.window  # stream index of the first query's far key
@@ -41,35 +42,22 @@ def hybrid_attention(
         plain = stream.least + low >= options.num_sinks
         real = None if plain else stream.positions(low, low + options.window + length) >= options.num_sinks
         q = query[:, :, start:end]
-        folded = fold(options.scored(q).to(dtype), kv_heads, chunk, length)
-        here = key_at = None
-        if options.uses_positions:
-            here, key_at = stream.positions(past + start, past + end), stream.positions(low, low + length)
-        features = options.key_map(key[:, :, :length], key_at).to(dtype)
-        arrived = _arrived(real, lengths, start, length)
-        if arrived is not None:
-            features = features * arrived[:, None, :, None].to(dtype)
-        if end - start < length:  # what stands behind the last token's far key is none
-            features = functional.pad(features[:, :, : end - start], (0, 0, 0, length - (end - start)))
-        far, carry = linear_segment(
-            fold(options.query_map(q, here).to(dtype), kv_heads, chunk, length),
-            fold(features, kv_heads, chunk, length),
-            fold(with_ones(value[:, :, :length].to(dtype)), kv_heads, chunk, length),
-            carry,
+        tokens_at = stream.positions(low, past + end) if options.uses_positions else None
+        plan = Plan(
+            options.query_map,
+            options.key_map,
+            chunk,
+            None if tokens_at is None else tokens_at[:, options.window :],
+            None if tokens_at is None else tokens_at[:, : end - start],
+            _arrived(real, lengths, start, end - start),
         )
-        output = _join(
-            folded,
-            options.scored(key).to(dtype),
-            value.to(dtype),
-            far.to(carry.dtype),
-            stream,
-            real,
-            past + start,
-            options,
-        )
-        output = unfold(output, kv_heads, chunk, end - start)
-        collector.add(output.reshape(batch, heads, end - start, -1).to(query.dtype))
-    return LinearOutput(collector.result(), split(carry.view(batch, kv_heads, *carry.shape[1:])))
+        segment = fold_segment(q, key[:, :, : end - start], value[:, :, : end - start], plan, 0, end - start)
+        before, carry = states_before(segment, carry)
+        far = attend(segment, before).to(carry.dtype)
+        folded = fold(options.scored(q).to(dtype), chunk).view(*far.shape[:3], -1)
+        output = _join(folded, options.scored(key).to(dtype), value.to(dtype), far, stream, real, past + start, options)
+        collector.add(unfold(output.view(-1, heads, chunk, output.shape[-1]), batch, end - start))
+    return LinearOutput(collector.result(), split(carry))
 
 
 def _take(x: torch.Tensor, low: int, high: int, length: int) -> torch.Tensor:
@@ -79,11 +67,11 @@ def _take(x: torch.Tensor, low: int, high: int, length: int) -> torch.Tensor:
     return functional.pad(part, (0, 0, left, right)) if left or right else part
 
 
-def _arrived(real: torch.Tensor | None, lengths: torch.Tensor | None, start: int, length: int) -> torch.Tensor | None:
-    """Which far keys `[B or 1, length]` enter the linear state: real ones, and only for queries that are real."""
-    arrived = None if real is None else real[:, :length]
+def _arrived(real: torch.Tensor | None, lengths: torch.Tensor | None, start: int, tokens: int) -> torch.Tensor | None:
+    """Which far keys `[B or 1, tokens]` enter the linear state: real ones, and only for queries that are real."""
+    arrived = None if real is None else real[:, :tokens]
     if lengths is not None:
-        index = torch.arange(start, start + length, device=lengths.device)
+        index = torch.arange(start, start + tokens, device=lengths.device)
         counted = index < lengths[:, None]
         arrived = counted if arrived is None else arrived & counted
     return arrived
@@ -99,63 +87,58 @@ def _join(
     first: int,
     options: HybridOptions,
 ) -> torch.Tensor:
-    """One softmax over window, sinks and the linear past: output `[B·G, N, R·C, V]`.
+    """One softmax over window, sinks and the linear past: output `[B·N, G, R·C, V]`.
 
     Args:
-        query: Folded `[B·G, N, R·C, D]`.
+        query: Folded `[B·N, G, R·C, D]`.
         key, value: `[B, G, window + N·C, ·]`, from one window before the first query.
-        far: Numerators and denominators of the linear past `[B·G, N, R·C, V+1]`, float32.
+        far: Numerators and denominators of the linear past `[B·N, G, R·C, V+1]`, float32.
         real: Which keys are visible at all `[B or 1, window + N·C]`; None for all.
         first: Stream index of the first query.
     """
-    batch, kv_heads, span = key.shape[0], key.shape[1], options.window + options.chunk_size
-    keys = key.unfold(2, span, options.chunk_size).flatten(0, 1)  # [B·G, N, D, W+C]
-    values = value.unfold(2, span, options.chunk_size).flatten(0, 1).transpose(2, 3)  # [B·G, N, W+C, V]
-    scores = torch.matmul(query, keys).to(far.dtype) * options.scale
+    span, batch = options.window + options.chunk_size, key.shape[0]
+    keys, values = (x.unfold(2, span, options.chunk_size).transpose(1, 2).flatten(0, 1) for x in (key, value))
+    scores = torch.matmul(query, keys).to(far.dtype) * options.scale  # keys are [B·N, G, D, W+C]
     scores = _hide(scores, batch, real, options)
     sink_key, sink_value = stream.sinks(options.num_sinks)
-    parts = [scores, linear_logit(far[..., -1:], _folded_bias(options, batch, kv_heads, far.dtype))]
+    parts = [scores, linear_logit(far[..., -1:], _folded_bias(options, query.shape[1], far.dtype))]
     if sink_key.shape[2]:
         parts.insert(1, _sink_scores(query, sink_key, stream, first, options).to(far.dtype))
     weights = torch.cat(parts, dim=-1).softmax(dim=-1)
-    output = torch.matmul(weights[..., :span].to(query.dtype), values).to(far.dtype)
+    output = torch.matmul(weights[..., :span].to(query.dtype), values.transpose(2, 3)).to(far.dtype)
     if sink_key.shape[2]:
-        v = sink_value.to(query.dtype).flatten(0, 1)[:, None]  # [B·G, 1, sinks, V]
-        output = output + torch.matmul(weights[..., span:-1].to(query.dtype), v)
+        of_sinks = weights[..., span:-1].to(query.dtype).view(batch, -1, *weights.shape[1:3], sink_key.shape[2])
+        output = output + torch.matmul(of_sinks, sink_value.to(query.dtype)[:, None]).view(output.shape)
     return output + weights[..., -1:] * linear_value(far[..., :-1], far[..., -1:])
 
 
 def _hide(scores: torch.Tensor, batch: int, real: torch.Tensor | None, options: HybridOptions) -> torch.Tensor:
-    """Hide what is no key of its query's window, in scores `[B·G, N, R·C, W+C]`."""
+    """Hide what is no key of its query's window, in scores `[B·N, G, R·C, W+C]`."""
     chunk, window = options.chunk_size, options.window
-    folded, chunks, rows, span = scores.shape
+    span = window + chunk
     i = torch.arange(chunk, device=scores.device)[:, None]
     j = torch.arange(span, device=scores.device)
-    hidden = ((j <= i) | (j > i + window))[None, None, None, None]  # [1, 1, 1, 1, C, W+C]
+    hidden = ((j <= i) | (j > i + window))[None, None, None]  # [1, 1, 1, C, W+C]
     if real is not None:
-        hidden = hidden | ~real.unfold(1, span, chunk)[:, None, :, None, None, :]
-    return scores.view(batch, -1, chunks, rows // chunk, chunk, span).masked_fill(hidden, -torch.inf).view_as(scores)
+        hidden = hidden | ~real.unfold(1, span, chunk)[:, :, None, None]
+    return scores.view(batch, scores.shape[0] // batch, -1, chunk, span).masked_fill(hidden, -torch.inf).view_as(scores)
 
 
-def _folded_bias(options: HybridOptions, batch: int, kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """The bias of each folded row, `[B·G, 1, R·C, 1]`."""
-    rows = options.bias.to(dtype).view(kv_heads, -1).repeat_interleave(options.chunk_size, dim=1)
-    return rows.repeat(batch, 1)[:, None, :, None]
+def _folded_bias(options: HybridOptions, kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """The bias of each folded row, `[1, G, R·C, 1]`."""
+    return options.bias.to(dtype).view(kv_heads, -1).repeat_interleave(options.chunk_size, dim=1)[None, :, :, None]
 
 
 def _sink_scores(
     query: torch.Tensor, sink_key: torch.Tensor, stream: Stream, first: int, options: HybridOptions
 ) -> torch.Tensor:
-    """Scores of the sinks `[B·G, N, R·C, sinks]`, minus infinity where a query comes before a sink."""
-    folded, chunks, rows, _ = query.shape
-    chunk, num_sinks = options.chunk_size, sink_key.shape[2]
-    scores = (
-        torch.matmul(query, options.scored(sink_key).to(query.dtype).flatten(0, 1)[:, None].transpose(2, 3))
-        * options.scale
-    )
-    if stream.least + first >= num_sinks:
-        return scores
-    positions = stream.positions(first, first + chunks * chunk).view(-1, 1, chunks, 1, chunk, 1)
-    early = torch.arange(num_sinks, device=query.device) > positions
-    scores = scores.view(sink_key.shape[0], -1, chunks, rows // chunk, chunk, num_sinks)
-    return scores.masked_fill(early, -torch.inf).view(folded, chunks, rows, num_sinks)
+    """Scores of the sinks `[B·N, G, R·C, sinks]`, minus infinity where a query comes before a sink."""
+    batch, chunk, num_sinks = sink_key.shape[0], options.chunk_size, sink_key.shape[2]
+    chunks = query.shape[0] // batch
+    keys = options.scored(sink_key).to(query.dtype)[:, None].transpose(3, 4)  # [B, 1, G, D, sinks]
+    scores = torch.matmul(query.view(batch, chunks, *query.shape[1:]), keys) * options.scale
+    if stream.least + first < num_sinks:
+        positions = stream.positions(first, first + chunks * chunk).view(-1, chunks, 1, 1, chunk, 1)
+        early = torch.arange(num_sinks, device=query.device) > positions
+        scores = scores.view(batch, chunks, query.shape[1], -1, chunk, num_sinks).masked_fill(early, -torch.inf)
+    return scores.view(*query.shape[:3], num_sinks)

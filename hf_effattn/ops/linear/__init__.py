@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from ...feature_maps import FeatureMap
 from ...notation import check_heads, check_padding
 from . import chunked, recurrent, reference
+from .plan import Plan
 from .state import EPS, LinearOutput, LinearState, empty_state
 
 BACKENDS = {
@@ -15,7 +17,7 @@ BACKENDS = {
 }
 CHUNK_SIZE = 64
 
-__all__ = ["BACKENDS", "CHUNK_SIZE", "EPS", "LinearOutput", "LinearState", "empty_state", "linear_attention"]
+__all__ = ["BACKENDS", "CHUNK_SIZE", "EPS", "LinearOutput", "LinearState", "Plan", "empty_state", "linear_attention"]
 
 
 def linear_attention(
@@ -25,6 +27,9 @@ def linear_attention(
     *,
     state: LinearState | None = None,
     padding_mask: torch.Tensor | None = None,
+    query_map: FeatureMap | None = None,
+    key_map: FeatureMap | None = None,
+    positions: torch.Tensor | None = None,
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> LinearOutput:
@@ -33,12 +38,15 @@ def linear_attention(
     `S_t = S_{t-1} + φ(k_t) v_tᵀ` and `z_t = z_{t-1} + φ(k_t)` (Katharopoulos 2020, arXiv 2006.16236).
 
     Args:
-        query: φ(q) `[B, H, T, F]`, after the feature map, any floating dtype.
-        key: φ(k) `[B, G, T, F]`, H a multiple of G: consecutive query heads share a key/value head.
+        query: q `[B, H, T, D]`, any floating dtype; without `query_map` the features φ(q) `[B, H, T, F]`.
+        key: k `[B, G, T, D]` or φ(k) `[B, G, T, F]`, H a multiple of G: consecutive query heads share a key/value head.
         value: v `[B, G, T, V]`.
         state: The state after the tokens before these; None for no past.
         padding_mask: Booleans `[B, T]`, True = keep. A padded token leaves the state as it was; its own output has no
             meaning.
+        query_map: φ for queries; key_map: φ for keys. Both or none. The chunked backend maps segment by segment, so
+            that features of a long text are never all there at once, and maps again on the way back.
+        positions: Of the tokens `[B or 1, T]`, for maps that use them.
         chunk_size: Tokens of one chunk (default 64); changes speed and rounding only.
         backend: "reference", "chunked", "recurrent", or "auto" (recurrent for one token, else chunked).
 
@@ -50,7 +58,9 @@ def linear_attention(
         TypeError: if dtypes do not.
     """
     check_heads(query, key, value, "F")
-    batch, _, tokens, features = query.shape
+    batch, _, tokens, _ = query.shape
+    plan = Plan(query_map, key_map, chunk_size or CHUNK_SIZE, positions, positions, padding_mask)
+    features = plan.feature_dim(key)
     if key.shape[2] != tokens:
         raise ValueError(f"query has {tokens} tokens and key {key.shape[2]}; the past comes as `state`")
     check_padding(padding_mask, batch, tokens)
@@ -65,8 +75,6 @@ def linear_attention(
     elif state.kv.shape != (batch, key.shape[1], features, value.shape[-1]):
         expected = [batch, key.shape[1], features, value.shape[-1]]
         raise ValueError(f"state.kv must be [B,G,F,V] = {expected}; got {list(state.kv.shape)}")
-    if padding_mask is not None:
-        key = key * padding_mask[:, None, :, None].to(key.dtype)
     if tokens == 0:
         return LinearOutput(query.new_zeros(*query.shape[:3], value.shape[-1]), state)
-    return BACKENDS[backend](query, key, value, state, chunk_size or CHUNK_SIZE)
+    return BACKENDS[backend](query, key, value, state, plan)

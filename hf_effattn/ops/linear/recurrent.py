@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .plan import Plan
 from .state import EPS, LinearOutput, LinearState
 
 
@@ -24,12 +25,13 @@ def read(query: torch.Tensor, state: LinearState) -> tuple[torch.Tensor, torch.T
 
 
 def linear_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: LinearState, chunk_size: int
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: LinearState, plan: Plan
 ) -> LinearOutput:
-    """`S_t = S_{t-1} + φ(k_t) v_tᵀ`, `o_t = φ(q_t)ᵀ S_t / φ(q_t)ᵀ z_t`, token by token (`chunk_size` is not used)."""
+    """`S_t = S_{t-1} + φ(k_t) v_tᵀ`, `o_t = φ(q_t)ᵀ S_t / φ(q_t)ᵀ z_t`, token by token."""
+    features = plan.queries(query), plan.keys(key)
     outputs = []
     for t in range(query.shape[2]):
-        q, k, v = (x[:, :, t : t + 1] for x in (query, key, value))
+        q, k, v = (x[:, :, t : t + 1] for x in (*features, value))
         state = step(k, v, state)
         numerator, denominator = read(q, state)
         outputs.append((numerator / denominator.clamp(min=EPS)).to(query.dtype))

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import torch
 
+from .plan import Plan
 from .state import EPS, LinearOutput, LinearState
 
 
 def linear_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: LinearState, chunk_size: int
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: LinearState, plan: Plan
 ) -> LinearOutput:
     """Compute `((φQ φKᵀ) ∘ causal) V`, plus what the state remembers, over the same with V = 1.
 
-    Shapes as in `hf_effattn.ops.linear.linear_attention`; `chunk_size` is not used.
+    Shapes as in `hf_effattn.ops.linear.linear_attention`.
     """
     groups = query.shape[1] // key.shape[1]
-    q, k, v = query.double(), key.double(), value.double()
+    q, k, v = plan.queries(query).double(), plan.keys(key).double(), value.double()
     kv, normalizer = state.kv.double(), state.normalizer.double()
     k_all, v_all = (x.repeat_interleave(groups, dim=1) for x in (k, v))  # [B, H, T, ·]
     weights = torch.einsum("bhtf,bhsf->bhts", q, k_all).tril()

@@ -1,0 +1,64 @@
+"""How features come from queries and keys: part of every call of linear attention."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.func import functional_call
+
+from ...feature_maps import FeatureMap
+
+
+class Plan(NamedTuple):
+    """Feature maps, what they need to know, and which keys there are.
+
+    Args:
+        query_map: φ for queries; None if they are features already.
+        key_map: φ for keys, likewise.
+        chunk: Tokens of one chunk of the parallel form.
+        query_at: Positions of the queries `[B or 1, T]`, for maps that use them.
+        key_at: Positions of the keys, likewise.
+        real: Which keys there are `[B or 1, T]`, booleans; None for all.
+    """
+
+    query_map: FeatureMap | None = None
+    key_map: FeatureMap | None = None
+    chunk: int = 64
+    query_at: torch.Tensor | None = None
+    key_at: torch.Tensor | None = None
+    real: torch.Tensor | None = None
+
+    def queries(self, x: torch.Tensor) -> torch.Tensor:
+        """Map all queries `[B, H, T, D]` to features."""
+        return x if self.query_map is None else self.query_map(x, self.query_at)
+
+    def keys(self, x: torch.Tensor) -> torch.Tensor:
+        """Map all keys `[B, G, T, D]` to features, zero where there is no key."""
+        x = x if self.key_map is None else self.key_map(x, self.key_at)
+        return x if self.real is None else x * self.real[:, None, :, None].to(x.dtype)
+
+    def feature_dim(self, key: torch.Tensor) -> int:
+        return key.shape[-1] if self.key_map is None else self.key_map.feature_dim
+
+    def part(self, start: int, end: int) -> Plan:
+        """Return the plan of tokens `start..end` alone."""
+        marks = (None if x is None else x[:, start:end] for x in (self.query_at, self.key_at, self.real))
+        return Plan(self.query_map, self.key_map, self.chunk, *marks)
+
+    def with_parameters(self, parameters: list[torch.Tensor]) -> Plan:
+        """Return the plan with these tensors in place of `self.parameters()`."""
+        left = list(parameters)
+
+        def bound(feature_map: Any) -> Any:
+            names = [] if feature_map is None else [name for name, _ in feature_map.named_parameters()]
+            if not names:
+                return feature_map
+            given = {name: left.pop(0) for name in names}
+            return lambda x, at=None: functional_call(feature_map, given, (x, at))
+
+        return self._replace(query_map=bound(self.query_map), key_map=bound(self.key_map))
+
+    def parameters(self) -> list[torch.Tensor]:
+        """Return the learned parameters of both maps."""
+        return [p for m in (self.query_map, self.key_map) if m is not None for p in m.parameters()]

@@ -1,0 +1,122 @@
+"""Segments of linear attention: several chunks that are mapped, folded and computed at once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+from ...notation import compute_dtype
+from .plan import Plan
+
+SEGMENT_TOKENS = 1024
+
+
+class Segment(NamedTuple):
+    """One segment of N whole chunks, mapped and folded.
+
+    Args:
+        query: Features `[B·N, G, R·C, F]`, heads folded into rows, head-major.
+        key: Features `[B·N, G, C, F]`, zero where there is no key.
+        value: Values with a column of ones `[B·N, G, C, V+1]`.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+
+
+def segments(tokens: int, chunk: int) -> list[tuple[int, int]]:
+    """Cut `tokens` into segments of whole chunks (the last may be partial)."""
+    size = max(chunk, SEGMENT_TOKENS // chunk * chunk)
+    return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def fold(x: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Fold `[B, H, T, X]` into chunks `[B·N, H, C, X]`, the last one filled up with zeros."""
+    batch, heads, tokens, width = x.shape
+    missing = -tokens % chunk
+    if missing:
+        x = functional.pad(x, (0, 0, 0, missing))
+    return x.unflatten(2, (-1, chunk)).transpose(1, 2).reshape(-1, heads, chunk, width).contiguous()
+
+
+def unfold(x: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
+    """Undo `fold`: `[B·N, H, C, X]` to `[B, H, tokens, X]`."""
+    heads, chunk, width = x.shape[1:]
+    return x.view(batch, -1, heads, chunk, width).transpose(1, 2).flatten(2, 3)[:, :, :tokens]
+
+
+def fold_segment(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan, start: int, end: int
+) -> Segment:
+    """Map and fold tokens `start..end` of query `[B, H, T, ·]`, key `[B, G, T, ·]`, value `[B, G, T, V]`."""
+    dtype, chunk, plan = compute_dtype(value.dtype), plan.chunk, plan.part(start, end)
+    q, k, v = (fold(x[:, :, start:end], chunk) for x in (query, key, value))
+    real, batch = plan.real, key.shape[0]
+    if real is None and (end - start) % chunk:  # a map makes features of the zeros behind the last key
+        real = torch.ones(1, end - start, dtype=torch.bool, device=key.device)
+    folded = Plan(
+        plan.query_map, plan.key_map, chunk, *(_fold_marks(x, batch, chunk) for x in (plan.query_at, plan.key_at, real))
+    )
+    q, k = folded.queries(q).to(dtype), folded.keys(k).to(dtype)
+    rows = query.shape[1] // key.shape[1] * chunk
+    return Segment(q.view(q.shape[0], key.shape[1], rows, -1), k, functional.pad(v.to(dtype), (0, 1), value=1.0))
+
+
+def states_before(segment: Segment, carry: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the joined states before each chunk `[B·N, G, F, V+1]`, and after the segment `[B, G, F, V+1]`.
+
+    Args:
+        carry: The joined state before the segment `[B, G, F, V+1]`, float32.
+    """
+    added = torch.matmul(segment.key.transpose(2, 3), segment.value)
+    return _sums_before(added, carry)
+
+
+def attend(segment: Segment, before: torch.Tensor) -> torch.Tensor:
+    """Return numerators and denominators `[B·N, G, R·C, V+1]`: `tril(φQ φKᵀ) [V, 1] + φQ S`."""
+    weights = within_chunk(segment.query, segment.key)
+    past = torch.matmul(segment.query, before.to(segment.query.dtype))
+    output = torch.baddbmm(past.flatten(0, 1), weights.flatten(0, 1), segment.value.flatten(0, 1))
+    return output.view(past.shape)
+
+
+def within_chunk(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Return the products of rows `[·, G, R·C, X]` with columns `[·, G, C, X]` not after them: `[·, G, R·C, C]`."""
+    products = torch.matmul(rows, columns.transpose(2, 3))
+    chunk = columns.shape[2]
+    return products.view(*products.shape[:2], -1, chunk, chunk).tril_().view(products.shape)
+
+
+def _fold_marks(x: torch.Tensor | None, batch: int, chunk: int) -> torch.Tensor | None:
+    """Fold what each token has, `[B or 1, T]`, into `[B·N, C]`, filled up with zeros."""
+    if x is None:
+        return None
+    return functional.pad(x, (0, -x.shape[1] % chunk)).expand(batch, -1).reshape(-1, chunk)
+
+
+def sums_after(added: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return for each chunk `after` and what the chunks behind it add, `[B·N, G, F, X]`, and the sum of all.
+
+    Args:
+        added: `[B·N, G, F, X]`; after: `[B, G, F, X]`.
+    """
+    terms = torch.cat((_by_chunk(added, after), after.reshape(after.shape[0], 1, -1)), dim=1)
+    triangle = after.new_ones(terms.shape[1], terms.shape[1]).triu()
+    sums = torch.matmul(triangle, terms)  # [B, N+1, G·F·X]
+    return sums[:, 1:].reshape(added.shape), sums[:, 0].clone().view(after.shape)
+
+
+def _sums_before(added: torch.Tensor, carry: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return for each chunk the carry and what the chunks before it add, `[B·N, G, F, X]`, and the sum of all."""
+    terms = torch.cat((carry.reshape(carry.shape[0], 1, -1), _by_chunk(added, carry)), dim=1)
+    triangle = carry.new_ones(terms.shape[1], terms.shape[1]).tril()
+    sums = torch.matmul(triangle, terms)  # [B, N+1, G·F·X]
+    return sums[:, :-1].reshape(added.shape), sums[:, -1].clone().view(carry.shape)
+
+
+def _by_chunk(added: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """`[B·N, G, F, X]` as `[B, N, G·F·X]` in the dtype of the state."""
+    return added.view(state.shape[0], added.shape[0] // state.shape[0], -1).to(state.dtype)

@@ -1,0 +1,156 @@
+"""What the benchmark measures: for each suite the variants, as functions that are timed in turn."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import torch
+from layers import CONFIGS, Bench
+from models import load
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.cache_utils import DynamicLayer
+
+from hf_effattn.cache import EffAttnCacheLayer
+from hf_effattn.ops.linear import linear_attention
+
+Run = Callable[[], object]
+QUADRATIC_TO = 2048  # tokens up to which the plain quadratic form is measured
+FEATURES = 128  # of the variant whose features are given
+GIVEN = "linear, features given"
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # of the whole model
+    "linear default": ("linear", {}),
+    "linear hedgehog": ("linear", {"window": 0}),
+    "streaming 256+4": ("sparse", {"window": 256, "num_sinks": 4}),
+    "softmax through the plugin": ("sparse", {"pattern": "sliding_window", "window": 1_000_000}),
+}
+
+
+def sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def quadratic(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Linear attention with elu features by its definition, with a matrix of all weights."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    q, k = (torch.nn.functional.elu(x) + 1 for x in (q, k))
+    weights = (q @ k.transpose(2, 3)).tril()
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+def yardstick(bench: Bench) -> dict[str, Run]:
+    """One product of 1024 × 1024 matrices: what the machine gives."""
+    a = torch.randn(1024, 1024, device=bench.device).to(bench.dtype)
+    return {"gemm1k": lambda: a @ a}
+
+
+def prefill(bench: Bench, length: int) -> dict[str, Run]:
+    """One whole prompt through one layer, feature maps included."""
+    q, k, v = bench.inputs(length)
+    runs: dict[str, Run] = {**yardstick(bench), "dense SDPA": lambda: sdpa(q, k, v)}
+    if length <= QUADRATIC_TO:
+        runs["quadratic elu"] = lambda: quadratic(q, k, v)
+    features = [torch.rand(*x.shape[:3], FEATURES, device=bench.device).to(bench.dtype) for x in (q, k)]
+    runs[GIVEN] = lambda: linear_attention(features[0], features[1], v)
+    for name in CONFIGS:
+        runs[name] = functools.partial(bench.mechanism(name), q, k, v, scale=bench.scale)
+    return runs | flash_linear_attention(bench, features, v)
+
+
+def flash_linear_attention(bench: Bench, features: list[torch.Tensor], v: torch.Tensor) -> dict[str, Run]:
+    """The kernel of flash-linear-attention without its normaliser, which it computes apart; on CUDA, if installed."""
+    if not v.is_cuda:
+        return {}
+    with suppress(ImportError):
+        from fla.ops.simple_gla import chunk_simple_gla
+
+        q, k, values = (x.transpose(1, 2).contiguous() for x in (*features, v))
+        k, values = (x.repeat_interleave(bench.groups, dim=2) for x in (k, values))
+        return {"flash-linear-attention, features given": lambda: chunk_simple_gla(q, k, values)}
+    return {}
+
+
+def decode(bench: Bench, length: int) -> dict[str, Run]:
+    """One more token after `length` of them, state and cache update included."""
+    q, k, v = bench.inputs(length)
+    one = [x[:, :, -1:] for x in (q, k, v)]
+    base = torch.zeros(1, 3, 64, 64, device=bench.device)
+    runs: dict[str, Run] = {**yardstick(bench), "add_ dispatch": lambda: base.add_(1.0)}
+    runs["dense DynamicCache"] = _dense_step(k, v, one)
+    runs["dense, preallocated"] = _preallocated_step(k, v, one)
+    return runs | {name: _converted_step(bench, name, (q, k, v), one) for name in CONFIGS}
+
+
+def _dense_step(k: torch.Tensor, v: torch.Tensor, one: list[torch.Tensor]) -> Run:
+    layer = DynamicLayer()
+    layer.update(k, v)
+
+    def step() -> None:
+        keys, values = layer.update(one[1], one[2])
+        scaled_dot_product_attention(one[0], keys, values, enable_gqa=True)
+        layer.crop(-1)
+
+    return step
+
+
+def _preallocated_step(k: torch.Tensor, v: torch.Tensor, one: list[torch.Tensor]) -> Run:
+    length = k.shape[2]
+    keys, values = (torch.cat((x, x[:, :, :1]), dim=2).contiguous() for x in (k, v))
+
+    def step() -> None:
+        keys[:, :, length:], values[:, :, length:] = one[1], one[2]
+        scaled_dot_product_attention(one[0], keys, values, enable_gqa=True)
+
+    return step
+
+
+def _converted_step(bench: Bench, name: str, text: tuple[torch.Tensor, ...], one: list[torch.Tensor]) -> Run:
+    net, layer = bench.mechanism(name), EffAttnCacheLayer()
+
+    def call(*tokens: torch.Tensor) -> None:
+        layer.bind("benchmark")
+        layer.update(tokens[1], tokens[2])
+        layer.claim(tokens[1].shape[2])
+        net(*tokens, scale=bench.scale, cache_layer=layer)
+
+    call(*text)
+    return lambda: call(*one)
+
+
+def train(bench: Bench, length: int) -> dict[str, Run]:
+    """Forward and backward of one layer over one text."""
+    tensors = [x.requires_grad_() for x in bench.inputs(length)]
+    gradient = torch.randn(tensors[0].shape, device=bench.device).to(bench.dtype)
+
+    def step(function: Callable[..., torch.Tensor], extra: list[Any]) -> Run:
+        def run() -> None:
+            torch.autograd.grad(function(*tensors), [*tensors, *extra], gradient)
+
+        return run
+
+    runs: dict[str, Run] = {**yardstick(bench), "dense SDPA": step(sdpa, [])}
+    if length <= QUADRATIC_TO:
+        runs["quadratic elu"] = step(quadratic, [])
+    for name in CONFIGS:
+        layer = bench.mechanism(name)
+        learned = [p for p in layer.parameters() if p.requires_grad]
+        runs[name] = step(functools.partial(layer, scale=bench.scale), learned)
+    return runs
+
+
+@functools.cache
+def _models(dtype: torch.dtype, device: str) -> dict[str, Any]:
+    dense, _ = load(dtype=dtype)
+    converted = {name: copy.deepcopy(dense).convert_attention(m, **o) for name, (m, o) in VARIANTS.items()}
+    return {name: net.to(device) for name, net in ({"dense": dense} | converted).items()}
+
+
+def model(bench: Bench, length: int) -> dict[str, Run]:
+    """One whole prompt through SmolLM2-135M, without a cache."""
+    ids = torch.randint(0, 1000, (1, length), generator=torch.Generator().manual_seed(0)).to(bench.device)
+    nets = _models(bench.dtype, bench.device)
+    call: dict[str, Any] = {"use_cache": False, "logits_to_keep": 1}
+    return yardstick(bench) | {name: functools.partial(net, ids, **call) for name, net in nets.items()}
