@@ -37,7 +37,7 @@ def markdown(result: dict[str, Any]) -> str:
         lines += ["", f"Linear attention with features given reaches this share of the yardstick's rate: {share}."]
     for what, found in result["megabytes"].items():
         cells = {n: {x: f"{value:.0f}" for x, value in row.items()} for n, row in found.items()}
-        lines += _table(f"{what}: MB beyond inputs and outputs", cells, ())
+        lines += _table(f"{what}: MB beyond inputs{' and output' if what == 'prefill' else ''}", cells, ())
     return "\n".join(lines) + "\n"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -44,32 +45,48 @@ class FeatureMap(nn.Module):
         """Floating-point operations that one head needs for one token (multiply and add count as two)."""
         return 2 * self.head_dim
 
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply float32 (or float64) x `[B, H, T, D]` by a matrix of each head, in maps that have one.
+
+        This half of the map is apart because it is fastest on all tokens of a head at once.
+        """
+        return x
+
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        """Map float32 (or float64) x `[B, H, T, D]` to its features `[B, H, T, F]`."""
+        """Map what `project` returned, `[B, H, T, ·]`, to features `[B, H, T, F]`."""
         raise NotImplementedError
 
     def features_at(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        """Map x `[B, H, T, D]` of tokens at `positions` `[B or 1, T]`, for maps that use them."""
+        """Do the same for tokens at `positions` `[B or 1, T]`, in maps that use them."""
         raise NotImplementedError
 
-    def forward(self, x: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        arrange: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> torch.Tensor:
         """Map x to features `[B, H, T, F]`, computed in at least float32.
 
         Args:
             x: `[B, H, T, D]`; or `[B, H, T, 2D]`, where those before rotary stand behind those after it: the map takes
                 the last D.
             positions: `[B or 1, T]`, for maps that use them.
+            arrange: Rearranges the projected tokens, whose features then come in that arrangement (as do positions).
 
         Returns:
             Features in the dtype of x, but float32 for float16, whose range is too small for some.
         """
         x = x[..., -self.head_dim :]
         wide = x if x.dtype == torch.float64 else x.float()
+        projected = self.project(wide)
+        if arrange is not None:
+            projected = arrange(projected)
         if self.uses_positions:
             assert positions is not None
-            features = self.features_at(wide, positions)
+            features = self.features_at(projected, positions)
         else:
-            features = self.features(wide)
+            features = self.features(projected)
         return features.to(compute_dtype(x.dtype))
 
     def reset_parameters(self) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .base import FEATURE_MAPS, FeatureMap
-from .projection import project
+from .projection import by_head
 
 
 @FEATURE_MAPS.register("hedgehog")
@@ -29,9 +29,12 @@ class Hedgehog(FeatureMap):
     def flops_per_token(self) -> int:
         return 2 * self.head_dim**2 + 5 * self.feature_dim
 
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        return by_head(x, self.weight)
+
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        x = project(x, self.weight)  # [B, H, T, D]
-        return torch.cat((x.softmax(dim=-1), (-x).softmax(dim=-1)), dim=-1)  # [B, H, T, F]
+        both = torch.cat((x, -x), dim=-1).unflatten(-1, (2, self.head_dim))  # one softmax for both is faster
+        return both.softmax(dim=-1).flatten(-2)  # [B, H, T, F]
 
     def reset_parameters(self) -> None:
         with torch.no_grad():

@@ -7,7 +7,7 @@ import torch
 SEED = 20_201
 
 
-def project(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def by_head(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Return `W x` for x `[B, H, T, D]` and a matrix of each head, weight `[H, X, D]`: `[B, H, T, X]`."""
     return torch.matmul(x, weight.to(x.dtype).transpose(1, 2))
 

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from ..notation import whole_number
 from .base import FEATURE_MAPS, FeatureMap
-from .projection import orthogonal_rows, project, triangle_products
+from .projection import by_head, orthogonal_rows, triangle_products
 
 
 @FEATURE_MAPS.register("rebased")
@@ -42,8 +42,11 @@ class ReBased(FeatureMap):
     def flops_per_token(self) -> int:
         return 2 * self.head_dim * self.rows + 8 * self.rows + 2 * self.feature_dim
 
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        return by_head(x, self.weight)
+
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        y = functional.layer_norm(project(x, self.weight), (self.rows,))
+        y = functional.layer_norm(x, (self.rows,))
         y = y * self.gain.to(x.dtype) + self.shift.to(x.dtype)
         return torch.cat((torch.ones_like(y[..., :1]), triangle_products(y) * self.rows**-0.5), dim=-1)
 

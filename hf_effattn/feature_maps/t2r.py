@@ -7,7 +7,7 @@ from torch import nn
 
 from ..notation import whole_number
 from .base import FEATURE_MAPS, FeatureMap
-from .projection import orthogonal_rows, project
+from .projection import by_head, orthogonal_rows
 
 
 @FEATURE_MAPS.register("t2r")
@@ -37,8 +37,11 @@ class T2R(FeatureMap):
     def flops_per_token(self) -> int:
         return 2 * self.head_dim * self.rows + 2 * self.rows
 
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        return by_head(x, self.weight)
+
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        return (project(x, self.weight) + self.bias.to(x.dtype)).relu()
+        return (x + self.bias.to(x.dtype)).relu()
 
     def reset_parameters(self) -> None:
         start = torch.eye(self.rows) if self.rows == self.head_dim else orthogonal_rows(self.rows, self.head_dim)

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..notation import whole_number
 from .base import FEATURE_MAPS, FeatureMap
-from .projection import orthogonal_rows, project, triangle_products
+from .projection import by_head, orthogonal_rows, triangle_products
 
 
 @FEATURE_MAPS.register("taylor")
@@ -38,8 +38,11 @@ class Taylor(FeatureMap):
     def flops_per_token(self) -> int:
         return 2 * self.head_dim * self.rows + 2 * self.feature_dim
 
+    def project(self, x: torch.Tensor) -> torch.Tensor:
+        return by_head(x, self.weight)
+
     def features(self, x: torch.Tensor) -> torch.Tensor:
-        y = project(x, self.weight) * self.rows**-0.25
+        y = x * self.rows**-0.25
         return torch.cat((torch.ones_like(y[..., :1]), y, triangle_products(y) * 0.5**0.5), dim=-1)
 
     def reset_parameters(self) -> None:

@@ -35,7 +35,7 @@ def hybrid_attention(
     dtype = compute_dtype(query.dtype)
     collector = Collector(query, stream.value.shape[-1])
     carry = joined(state)
-    for start, end in segments(tokens, chunk):
+    for start, end in segments(query, chunk):
         length = -(-(end - start) // chunk) * chunk
         low = past + start - options.window  # stream index of the first query's far key
         key, value = (_take(x, low, past + end, options.window + length) for x in (stream.key, stream.value))

@@ -33,7 +33,7 @@ def in_segments(
     """Compute segment by segment, by operations that autograd and the compiler understand."""
     collector = Collector(query, value.shape[-1])
     carry = joined(state)
-    for start, end in segments(query.shape[2], plan.chunk):
+    for start, end in segments(query, plan.chunk):
         segment = fold_segment(query, key, value, plan, start, end)
         before, carry = states_before(segment, carry)
         collector.add_quotient(attend(segment, before), EPS, plan.chunk, end - start)

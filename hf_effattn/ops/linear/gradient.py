@@ -30,6 +30,9 @@ def linear_attention(
     return LinearOutput(output, split(carry))
 
 
+SEGMENT_BYTES = 1024  # the backward pass needs more for each token than the forward pass
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -43,7 +46,7 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         collector = Collector(query, value.shape[-1])
         carries, denominators = [], []
-        for start, end in segments(query.shape[2], plan.chunk):
+        for start, end in segments(query, plan.chunk, SEGMENT_BYTES):
             carries.append(carry)
             segment = fold_segment(query, key, value, plan, start, end)
             before, carry = states_before(segment, carry)
@@ -66,7 +69,7 @@ class _Chunked(torch.autograd.Function):
         sums: list[torch.Tensor | None] = [None] * len(parameters)
         with torch.autocast(query.device.type, enabled=False):
             for index in reversed(range(number)):
-                start, end = segments(query.shape[2], plan.chunk)[index]
+                start, end = segments(query, plan.chunk, SEGMENT_BYTES)[index]
                 tensors = [x[:, :, start:end] for x in (query, key, value, output, grad_output)]
                 found, of_parameters, after = _segment_backward(
                     tensors, plan.part(start, end), parameters, carries[index], denominators[index], after

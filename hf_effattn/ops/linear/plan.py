@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch.func import functional_call
 
 from ...feature_maps import FeatureMap
+
+Arrange = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Plan(NamedTuple):
@@ -29,13 +32,13 @@ class Plan(NamedTuple):
     key_at: torch.Tensor | None = None
     real: torch.Tensor | None = None
 
-    def queries(self, x: torch.Tensor) -> torch.Tensor:
-        """Map all queries `[B, H, T, D]` to features."""
-        return x if self.query_map is None else self.query_map(x, self.query_at)
+    def queries(self, x: torch.Tensor, arrange: Arrange | None = None) -> torch.Tensor:
+        """Map queries `[B, H, T, D]` to features, rearranged in between as marks of this plan already are."""
+        return _features(x, self.query_map, self.query_at, arrange)
 
-    def keys(self, x: torch.Tensor) -> torch.Tensor:
-        """Map all keys `[B, G, T, D]` to features, zero where there is no key."""
-        x = x if self.key_map is None else self.key_map(x, self.key_at)
+    def keys(self, x: torch.Tensor, arrange: Arrange | None = None) -> torch.Tensor:
+        """Map keys `[B, G, T, D]` to features, zero where there is no key."""
+        x = _features(x, self.key_map, self.key_at, arrange)
         return x if self.real is None else x * self.real[:, None, :, None].to(x.dtype)
 
     def feature_dim(self, key: torch.Tensor) -> int:
@@ -55,10 +58,18 @@ class Plan(NamedTuple):
             if not names:
                 return feature_map
             given = {name: left.pop(0) for name in names}
-            return lambda x, at=None: functional_call(feature_map, given, (x, at))
+            return lambda *arguments: functional_call(feature_map, given, arguments)
 
         return self._replace(query_map=bound(self.query_map), key_map=bound(self.key_map))
 
     def parameters(self) -> list[torch.Tensor]:
         """Return the learned parameters of both maps."""
         return [p for m in (self.query_map, self.key_map) if m is not None for p in m.parameters()]
+
+
+def _features(
+    x: torch.Tensor, feature_map: FeatureMap | None, at: torch.Tensor | None, arrange: Arrange | None
+) -> torch.Tensor:
+    if feature_map is not None:
+        return feature_map(x, at, arrange)
+    return x if arrange is None else arrange(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,8 @@ from torch.nn import functional
 from ...notation import compute_dtype
 from .plan import Plan
 
-SEGMENT_TOKENS = 1024
+SEGMENT_BYTES = 2048  # of a number for each token of a segment: 512 tokens in float32, 1,024 in bfloat16
+CUDA_TOKENS = 16_384
 
 
 class Segment(NamedTuple):
@@ -27,9 +29,18 @@ class Segment(NamedTuple):
     value: torch.Tensor
 
 
-def segments(tokens: int, chunk: int) -> list[tuple[int, int]]:
-    """Cut `tokens` into segments of whole chunks (the last may be partial)."""
-    size = max(chunk, SEGMENT_TOKENS // chunk * chunk)
+def segments(query: torch.Tensor, chunk: int, bytes_: int = SEGMENT_BYTES) -> list[tuple[int, int]]:
+    """Cut the tokens of query `[B, H, T, ·]` into segments of whole chunks (the last may be partial).
+
+    On a CPU the scratch memory of a segment should fit into its cache; elsewhere few large segments are faster.
+
+    Args:
+        chunk: Tokens of one chunk.
+        bytes_: Of one number for each token of a segment.
+    """
+    tokens = query.shape[2]
+    size = bytes_ // compute_dtype(query.dtype).itemsize if query.device.type == "cpu" else CUDA_TOKENS
+    size = max(chunk, size // chunk * chunk)
     return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
@@ -53,16 +64,17 @@ def fold_segment(
 ) -> Segment:
     """Map and fold tokens `start..end` of query `[B, H, T, ·]`, key `[B, G, T, ·]`, value `[B, G, T, V]`."""
     dtype, chunk, plan = compute_dtype(value.dtype), plan.chunk, plan.part(start, end)
-    q, k, v = (fold(x[:, :, start:end], chunk) for x in (query, key, value))
     real, batch = plan.real, key.shape[0]
     if real is None and (end - start) % chunk:  # a map makes features of the zeros behind the last key
         real = torch.ones(1, end - start, dtype=torch.bool, device=key.device)
     folded = Plan(
         plan.query_map, plan.key_map, chunk, *(_fold_marks(x, batch, chunk) for x in (plan.query_at, plan.key_at, real))
     )
-    q, k = folded.queries(q).to(dtype), folded.keys(k).to(dtype)
+    arrange = functools.partial(fold, chunk=chunk)
+    query, key, value = (x[:, :, start:end] for x in (query, key, value))
+    q, k, v = folded.queries(query, arrange).to(dtype), folded.keys(key, arrange).to(dtype), arrange(value).to(dtype)
     rows = query.shape[1] // key.shape[1] * chunk
-    return Segment(q.view(q.shape[0], key.shape[1], rows, -1), k, functional.pad(v.to(dtype), (0, 1), value=1.0))
+    return Segment(q.view(q.shape[0], key.shape[1], rows, -1), k, functional.pad(v, (0, 1), value=1.0))
 
 
 def states_before(segment: Segment, carry: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
