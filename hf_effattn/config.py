@@ -62,17 +62,21 @@ class LinearConfig(MechanismConfig):
             enter the linear state.
         num_sinks: First tokens of each row that stay in the softmax branch for good; needs a window. None for 4 with
             a window, and none without.
+        join: How window and linear past are weighed: "log" puts both on one scale and starts with the linear part
+            nearly closed; "lolcats" is the weighing of LoLCATs (see `hf_effattn.ops.hybrid.JOINS`).
         chunk_size: Tokens of one chunk of the parallel form. It changes speed and rounding, nothing else.
         backend: "auto", "chunked", or "reference" (slow and quadratic: for tests).
     """
 
     mechanism: ClassVar[str] = "linear"
     backends: ClassVar[tuple[str, ...]] = ("auto", "chunked", "reference")
+    joins: ClassVar[tuple[str, ...]] = ("log", "lolcats")
 
     feature_map: str = "hedgehog"
     map_options: dict[str, Any] = field(default_factory=dict, hash=False)
     window: int = 64
     num_sinks: int | None = None
+    join: str = "log"
     chunk_size: int = 64
 
     def __post_init__(self) -> None:
@@ -80,6 +84,8 @@ class LinearConfig(MechanismConfig):
         if not isinstance(self.map_options, dict):
             raise TypeError(f"map_options must be a dictionary; got {self.map_options!r}")
         _refuse_unknown(self.map_options, map_options(self.feature_map), f"feature map {self.feature_map!r}")
+        if self.join not in self.joins:
+            raise ValueError(f"unknown join {self.join!r}; valid: {', '.join(self.joins)}")
         whole_number("window", self.window, 0)
         if self.num_sinks is None:
             object.__setattr__(self, "num_sinks", 4 if self.window else 0)

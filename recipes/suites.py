@@ -14,6 +14,7 @@ from models import load
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import DynamicLayer
 
+from hf_effattn import convert_attention
 from hf_effattn.cache import EffAttnCacheLayer
 from hf_effattn.ops.linear import linear_attention
 
@@ -144,8 +145,9 @@ def train(bench: Bench, length: int) -> dict[str, Run]:
 @functools.cache
 def _models(dtype: torch.dtype, device: str) -> dict[str, Any]:
     dense, _ = load(dtype=dtype)
-    converted = {name: copy.deepcopy(dense).convert_attention(m, **o) for name, (m, o) in VARIANTS.items()}
-    return {name: net.to(device) for name, net in ({"dense": dense} | converted).items()}
+    nets: dict[str, Any] = {"dense": dense}
+    nets |= {name: convert_attention(copy.deepcopy(dense), m, **o) for name, (m, o) in VARIANTS.items()}
+    return {name: net.to(device) for name, net in nets.items()}
 
 
 def model(bench: Bench, length: int) -> dict[str, Run]:

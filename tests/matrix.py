@@ -62,6 +62,9 @@ def cases() -> list[Case]:
             for backend in LinearConfig.backends if full else ("auto",):
                 options = {"feature_map": name, "window": window, "num_sinks": num_sinks, "chunk_size": chunk}
                 found.append(Case(f"{name}-w{window}s{num_sinks}-{backend}", "linear", {**options, "backend": backend}))
+    for backend in LinearConfig.backends:
+        options = {"window": 6, "num_sinks": 2, "chunk_size": 4, "join": "lolcats", "backend": backend}
+        found.append(Case(f"lolcats-{backend}", "linear", options))
     for name, pattern in patterns().items():
         for backend in SparseConfig.backends:
             try:

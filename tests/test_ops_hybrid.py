@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from test_ops_linear import relative
 
 from hf_effattn.feature_maps import FEATURE_MAPS
-from hf_effattn.ops.hybrid import HybridOptions, hybrid_attention
+from hf_effattn.ops.hybrid import JOINS, HybridOptions, hybrid_attention
 from hf_effattn.ops.linear import LinearState, empty_state, linear_attention
 from hf_effattn.ops.sparse import sparse_attention
 from hf_effattn.ops.stream import Stream
@@ -19,10 +19,12 @@ HEADS, KV_HEADS, DIM, VALUE = 4, 2, 8, 5
 every_map = pytest.mark.parametrize("name", list(FEATURE_MAPS))
 
 
-def options(name: str, window: int, num_sinks: int, chunk: int = 16, bias: float = 0.0) -> HybridOptions:
+def options(
+    name: str, window: int, num_sinks: int, chunk: int = 16, bias: float = 0.0, join: str = "log"
+) -> HybridOptions:
     make = FEATURE_MAPS.get(name)
     biases = torch.randn(HEADS, generator=torch.Generator().manual_seed(3)) + bias
-    return HybridOptions(make(DIM, HEADS), make(DIM, KV_HEADS), biases, window, num_sinks, DIM**-0.5, chunk)
+    return HybridOptions(make(DIM, HEADS), make(DIM, KV_HEADS), biases, window, num_sinks, DIM**-0.5, chunk, join)
 
 
 def inputs(batch: int, length: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -47,12 +49,13 @@ def remembered(o: HybridOptions) -> LinearState:
     chunk=st.sampled_from([4, 16, 64]),
     past=st.none() | st.lists(st.integers(0, 300), min_size=2, max_size=2),
     short=st.integers(0, 5),
+    join=st.sampled_from(list(JOINS)),
 )
 def test_fast_is_slow(
-    name: str, length: int, window: int, num_sinks: int, chunk: int, past: list[int] | None, short: int
+    name: str, join: str, length: int, window: int, num_sinks: int, chunk: int, past: list[int] | None, short: int
 ) -> None:
     torch.manual_seed(length)
-    o, (q, k, v) = options(name, window, num_sinks, chunk), inputs(2, length)
+    o, (q, k, v) = options(name, window, num_sinks, chunk, join=join), inputs(2, length)
     state, stream, lengths = empty_state(2, KV_HEADS, o.key_map.feature_dim, VALUE, like=q), Stream(k, v), None
     if past is not None:
         before = [torch.randn(2, KV_HEADS, window, dim) for dim in (DIM, VALUE)]
@@ -71,9 +74,10 @@ def test_fast_is_slow(
     assert relative(actual.state.normalizer, expected.state.normalizer) <= 1e-6
 
 
+@pytest.mark.parametrize("join", JOINS)
 @every_map
-def test_gradients_are_those_of_the_reference(name: str) -> None:
-    o, (q, k, v) = options(name, 9, 2), inputs(2, 90)
+def test_gradients_are_those_of_the_reference(name: str, join: str) -> None:
+    o, (q, k, v) = options(name, 9, 2, join=join), inputs(2, 90)
     leaves = [x.requires_grad_() for x in (q, k, v, o.bias)]
     leaves += [*o.query_map.parameters(), *o.key_map.parameters()]
     weight = torch.randn(2, HEADS, 90, VALUE)

@@ -126,6 +126,17 @@ def test_a_long_half_precision_text_does_not_drift(backend: str) -> None:
     assert relative(half[:, :, -512:], exact[:, :, -512:]) <= 1e-2
 
 
+@pytest.mark.parametrize("name", list(FEATURE_MAPS))
+def test_token_by_token_stays_with_the_chunks_for_8192_tokens(name: str) -> None:
+    maps = [FEATURE_MAPS.get(name)(32, 1).bfloat16() for _ in range(2)]
+    q, k, v = (torch.randn(1, 1, 8192, 32).bfloat16() for _ in range(3))
+    options: dict[str, Any] = {"query_map": maps[0], "key_map": maps[1], "positions": torch.arange(8192)[None]}
+    with torch.no_grad():
+        chunked, recurrent = (linear_attention(q, k, v, backend=b, **options) for b in ("chunked", "recurrent"))
+    assert relative(chunked.output[:, :, -512:], recurrent.output[:, :, -512:]) <= 5e-3
+    assert relative(chunked.state.kv, recurrent.state.kv) <= 5e-3
+
+
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
 @given(length=st.integers(2, 140), at=st.integers(1, 139))
 def test_nothing_from_the_future(backend: str, length: int, at: int) -> None:

@@ -10,13 +10,11 @@ from torch import nn
 from ..cache import KeyValueState, KeyValueStore
 from ..config import LinearConfig
 from ..feature_maps import FEATURE_MAPS
-from ..ops.hybrid import HybridOptions, hybrid_attention
+from ..ops.hybrid import JOINS, HybridOptions, hybrid_attention
 from ..ops.hybrid import step as hybrid_step
 from ..ops.linear import LinearState, empty_state, linear_attention, recurrent
 from ..patterns import Retention
 from .base import MECHANISMS, Call, HeadGeometry, Mechanism
-
-BIAS_START = -4.0  # the linear part starts nearly closed: untrained features cost quality; training opens it
 
 
 class HybridState(NamedTuple):
@@ -53,7 +51,7 @@ class LinearAttention(Mechanism):
     under one normaliser (after LoLCATs, arXiv 2410.10254; see `hf_effattn.ops.hybrid`).
 
     Learned parameters: those of the feature maps of queries (per query head) and keys (per key/value head), and with
-    a window the `bias` `[H]` on the logarithm of the linear part's mass, which starts at −4.
+    a window the `bias` `[H]` that opens or closes the linear part (see `hf_effattn.ops.hybrid.JOINS`).
 
     Args:
         config: Feature map, window, sinks, chunk size, backend.
@@ -71,7 +69,7 @@ class LinearAttention(Mechanism):
         self.key_map = feature_map(geometry.head_dim, geometry.num_kv_heads, **config.map_options)
         self.before_rotary = self.key_map.before_rotary
         self.store = KeyValueStore(Retention(config.window, frozenset(range(self.num_sinks))))
-        self.bias = nn.Parameter(torch.full((geometry.num_heads,), BIAS_START)) if config.window else None
+        self.bias = nn.Parameter(torch.full((geometry.num_heads,), JOINS[config.join])) if config.window else None
 
     def attend(
         self,
@@ -125,13 +123,13 @@ class LinearAttention(Mechanism):
 
     def reset_parameters(self) -> None:
         if self.bias is not None:
-            nn.init.constant_(self.bias, BIAS_START)
+            nn.init.constant_(self.bias, JOINS[self.options.join])
 
     def _options(self, call: Call) -> HybridOptions:
         assert self.bias is not None
         c = self.options
         return HybridOptions(
-            self.query_map, self.key_map, self.bias, c.window, self.num_sinks, call.scale, c.chunk_size
+            self.query_map, self.key_map, self.bias, c.window, self.num_sinks, call.scale, c.chunk_size, c.join
         )
 
     @property

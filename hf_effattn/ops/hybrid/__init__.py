@@ -8,12 +8,13 @@ from ...notation import check_heads
 from ..linear import LinearOutput, LinearState
 from ..stream import Stream
 from . import chunked, reference
+from .merge import JOINS
 from .options import HybridOptions
 from .recurrent import step
 
 BACKENDS = {"reference": reference.hybrid_attention, "chunked": chunked.hybrid_attention}
 
-__all__ = ["BACKENDS", "HybridOptions", "hybrid_attention", "step"]
+__all__ = ["BACKENDS", "JOINS", "HybridOptions", "hybrid_attention", "step"]
 
 
 def hybrid_attention(
@@ -29,7 +30,8 @@ def hybrid_attention(
 
     `ℓ_sm` and `o_sm` are the log-sum-exp and the output of softmax attention over the last `window` keys and the
     first `num_sinks`; `ℓ_lin = log(φ(q)·z) + b` and `o_lin` those of linear attention over all other keys (after
-    LoLCATs, arXiv 2410.10254). While the text is shorter than the window this is softmax attention.
+    LoLCATs, arXiv 2410.10254, whose own weighing is another of `JOINS`). While the text is shorter than the window
+    this is softmax attention.
 
     Args:
         query: `[B, H, T, D]`, in the order of positions, real tokens first in each row.

@@ -101,10 +101,11 @@ def _join(
     scores = torch.matmul(query, keys).to(far.dtype) * options.scale  # keys are [B·N, G, D, W+C]
     scores = _hide(scores, batch, real, options)
     sink_key, sink_value = stream.sinks(options.num_sinks)
-    parts = [scores, linear_logit(far[..., -1:], _folded_bias(options, query.shape[1], far.dtype))]
     if sink_key.shape[2]:
-        parts.insert(1, _sink_scores(query, sink_key, stream, first, options).to(far.dtype))
-    weights = torch.cat(parts, dim=-1).softmax(dim=-1)
+        scores = torch.cat((scores, _sink_scores(query, sink_key, stream, first, options).to(far.dtype)), dim=-1)
+    bias = _folded_bias(options, query.shape[1], far.dtype)
+    logit = linear_logit(far[..., -1:], bias, scores, options.join)
+    weights = torch.cat((scores, logit), dim=-1).softmax(dim=-1)
     output = torch.matmul(weights[..., :span].to(query.dtype), values.transpose(2, 3)).to(far.dtype)
     if sink_key.shape[2]:
         of_sinks = weights[..., span:-1].to(query.dtype).view(batch, -1, *weights.shape[1:3], sink_key.shape[2])

@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
 NOTHING = 1e-30  # a linear denominator up to this means: no past, or none that resembles the query
 
+JOINS = {"log": -4.0, "lolcats": -2.197}
+"""The ways of joining, and where the learned bias b of a head starts.
 
-def linear_logit(denominator: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-    """Return `ℓ_lin = log(φ(q)·z) + b`, minus infinity where there is no past.
+Both give the linear past a logit beside the scores of the window, as if all of the past were one more key whose value
+is `o_lin`; they differ in the scale they compare on.
 
-    Beside the scores of the window in one softmax it gives the linear past its share (after LoLCATs, arXiv 2410.10254,
-    with both parts on one scale): as if all of the past were one more key, whose value is `o_lin`.
+- "log": `log(φ(q)·z) + b`. Both parts are masses on one scale: with `φ(q)·φ(k) = exp(q·k/√D)` and b = 0 this is softmax
+  attention over everything. It starts nearly closed, since untrained features cost quality; training opens it.
+- "lolcats": numerator and denominator are `sigmoid(b) Σ exp(s − c) v + Σ φ(q)·φ(k) v` with c the largest score of the
+  window (LoLCATs, Zhang 2024, arXiv 2410.10254); as a logit, `log(φ(q)·z) + c − log sigmoid(b)`.
+"""
+
+
+def linear_logit(denominator: torch.Tensor, bias: torch.Tensor, scores: torch.Tensor, join: str) -> torch.Tensor:
+    """Return the logit of the linear past, minus infinity where there is no past.
 
     Args:
-        denominator: `φ(q)·z` `[..., 1]`; bias: b, broadcastable to it.
+        denominator: `φ(q)·z` `[..., 1]`.
+        bias: b, broadcastable to it.
+        scores: Softmax scores of window and sinks `[..., S]`.
+        join: One of `JOINS`.
     """
-    logit = denominator.clamp(min=NOTHING).log() + bias
+    logit = denominator.clamp(min=NOTHING).log()
+    logit = logit + bias if join == "log" else logit + scores.amax(dim=-1, keepdim=True) - functional.logsigmoid(bias)
     return logit.masked_fill(denominator <= NOTHING, -torch.inf)
 
 

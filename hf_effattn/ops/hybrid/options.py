@@ -15,11 +15,12 @@ class HybridOptions(NamedTuple):
     Args:
         query_map: φ for queries.
         key_map: φ for keys.
-        bias: b `[H]`, added to the logarithm of the linear part's mass: very negative closes the linear part.
+        bias: b `[H]`, which opens or closes the linear part (see `JOINS`).
         window: Visible keys of the softmax part, the query's own included.
         num_sinks: First tokens of each row, which stay in the softmax part.
         scale: Factor of the softmax scores, usually 1/√D.
         chunk_size: Tokens of one chunk of the parallel form.
+        join: How window and linear past are weighed, one of `JOINS`.
     """
 
     query_map: FeatureMap
@@ -29,6 +30,7 @@ class HybridOptions(NamedTuple):
     num_sinks: int
     scale: float
     chunk_size: int = 64
+    join: str = "log"
 
     def scored(self, x: torch.Tensor) -> torch.Tensor:
         """Return the part of queries or keys `[..., D or 2D]` that softmax attention is about: after rotary."""

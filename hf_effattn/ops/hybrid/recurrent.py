@@ -40,7 +40,7 @@ def step(
     if visible is not None:
         scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
     numerator, denominator = (x.view(*q.shape[:3], -1) for x in read(options.query_map(query, position), state))
-    logit = linear_logit(denominator, options.bias.to(wide).view(kv_heads, -1, 1))
+    logit = linear_logit(denominator, options.bias.to(wide).view(kv_heads, -1, 1), scores, options.join)
     weights = torch.cat((scores, logit), dim=-1).softmax(dim=-1)
     output = torch.matmul(weights[..., :-1].to(dtype), values.to(dtype)).to(wide)
     output = output + weights[..., -1:] * linear_value(numerator, denominator)

@@ -40,10 +40,10 @@ def hybrid_attention(
     linear = torch.einsum("bhtf,bhsf->bhts", query_features, repeat(features)) * far
     numerator = linear @ repeat(stream.value) + query_features @ repeat(state.kv)
     denominator = linear.sum(-1, keepdim=True) + query_features @ repeat(state.normalizer)[..., None]
-    weight = options.bias.double()[:, None, None].exp()
-    scale_back = peak.exp()
-    output = (softmax @ repeat(values)) * scale_back + numerator * weight
-    output = output / (softmax.sum(-1, keepdim=True) * scale_back + denominator * weight)
+    bias = options.bias.double()[:, None, None]
+    near_weight, far_weight = (peak.exp(), bias.exp()) if options.join == "log" else (bias.sigmoid(), 1.0)
+    output = (softmax @ repeat(values)) * near_weight + numerator * far_weight
+    output = output / (softmax.sum(-1, keepdim=True) * near_weight + denominator * far_weight)
     return LinearOutput(output.to(query.dtype), _folded(stream, state, features, options, tokens, lengths))
 
 

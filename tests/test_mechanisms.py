@@ -1,0 +1,36 @@
+"""Mechanisms by themselves, on queries and keys of any size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from matrix import ONE_CASE_EACH, Case
+
+from hf_effattn.attention import HeadGeometry, make_mechanism
+from hf_effattn.config import make_config
+
+GEOMETRY = HeadGeometry(num_heads=4, num_kv_heads=2, head_dim=16, value_dim=16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ONE_CASE_EACH, ids=str)
+def test_activations_thirty_times_too_large_stay_finite(case: Case, dtype: torch.dtype) -> None:
+    mechanism = make_mechanism(make_config(case.mechanism, case.options), GEOMETRY).to(dtype)
+    tensors = [(30 * torch.randn(2, heads, 70, 16)).to(dtype).requires_grad_() for heads in (4, 2, 2)]
+    before = (tensors[0], tensors[1]) if mechanism.before_rotary else None
+    output = mechanism(*tensors, scale=0.25, before_rotary=before)
+    assert output.dtype == dtype
+    assert output.isfinite().all()
+    for gradient in torch.autograd.grad(output.float().square().mean(), [*tensors, *mechanism.parameters()]):
+        assert gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("case", ONE_CASE_EACH, ids=str)
+def test_outputs_are_means_of_values(case: Case) -> None:
+    """Weights are not negative and sum to one: if all values are equal, so are all outputs."""
+    mechanism = make_mechanism(make_config(case.mechanism, case.options), GEOMETRY)
+    query, key = torch.randn(2, 4, 70, 16), torch.randn(2, 2, 70, 16)
+    value = torch.full((2, 2, 70, 16), 3.0)
+    output = mechanism(query, key, value, scale=0.25, before_rotary=(query, key) if mechanism.before_rotary else None)
+    zero = output.abs().amax(dim=-1, keepdim=True) < 1e-3  # relu features: a query that resembles no key gets nothing
+    torch.testing.assert_close(output.masked_fill(zero, 3.0), torch.full_like(output, 3.0), atol=1e-4, rtol=0)
