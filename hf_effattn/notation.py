@@ -70,3 +70,8 @@ def whole_number(name: str, value: Any, least: int) -> int:
     if value < least:
         raise ValueError(f"{name} must be at least {least}; got {value}")
     return value
+
+
+def may_overwrite(x: torch.Tensor) -> bool:
+    """Whether operations in place are allowed on `x` here: not outside inference mode if it was made inside."""
+    return torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled()

@@ -37,7 +37,7 @@ def remembered(o: HybridOptions) -> LinearState:
     """The state of some keys, in two rows."""
     key, value = torch.randn(2, KV_HEADS, 50, DIM), torch.randn(2, KV_HEADS, 50, VALUE)
     features = o.key_map(key, torch.arange(50)[None]).detach()
-    return LinearState(features.transpose(2, 3) @ value, features.sum(dim=2))
+    return LinearState.of(features.transpose(2, 3) @ value, features.sum(dim=2))
 
 
 @every_map

@@ -46,7 +46,7 @@ def test_fast_is_slow(backend: str, batch: int, kv_heads: int, groups: int, leng
     length = min(length, 200) if backend == "recurrent" else length
     torch.manual_seed(length)
     q, k, v = inputs(batch, kv_heads, groups, length)
-    state = LinearState(torch.rand(batch, kv_heads, 6, 5), torch.rand(batch, kv_heads, 6))
+    state = LinearState.of(torch.rand(batch, kv_heads, 6, 5), torch.rand(batch, kv_heads, 6))
     mask = torch.rand(batch, length) > 0.2
     for past in (None, state):
         for padding in (None, mask):
@@ -65,7 +65,7 @@ def test_gradients_are_those_of_the_reference(backend: str) -> None:
     weight = torch.randn(2, 6, 130, 5)
     gradients = {}
     for name in ("reference", backend):
-        output, new = linear_attention(*leaves, state=LinearState(*state), chunk_size=32, backend=name)
+        output, new = linear_attention(*leaves, state=LinearState.of(*state), chunk_size=32, backend=name)
         loss = (output * weight).sum() + new.kv.pow(2).sum() + new.normalizer.sum()
         gradients[name] = torch.autograd.grad(loss, [*leaves, *state])
     for actual, expected in zip(gradients[backend], gradients["reference"], strict=True):
@@ -82,13 +82,13 @@ def test_mapping_by_segments_is_mapping_all(name: str, length: int) -> None:
         parameter.data += 0.1 * torch.randn_like(parameter)
     leaves = [torch.randn(2, heads, length, dim, requires_grad=True) for heads, dim in ((6, 16), (2, 16), (2, 5))]
     features = maps[1](torch.randn(2, 2, 9, 16), torch.arange(9)[None]).detach()
-    state = LinearState(features.transpose(2, 3) @ torch.randn(2, 2, 9, 5), features.sum(dim=2))
+    state = LinearState.of(features.transpose(2, 3) @ torch.randn(2, 2, 9, 5), features.sum(dim=2))
     leaves += [x.requires_grad_() for x in state]
     mask = torch.rand(2, length) > 0.2
     at = torch.arange(length)[None] + torch.tensor([[9], [12]])
     weight = torch.randn(2, 6, length, 5)
     everything = [*leaves, *(p for m in maps for p in m.parameters())]
-    options: dict[str, Any] = {"state": LinearState(*leaves[3:]), "padding_mask": mask, "positions": at}
+    options: dict[str, Any] = {"state": LinearState(leaves[3]), "padding_mask": mask, "positions": at}
     options |= {"query_map": maps[0], "key_map": maps[1], "chunk_size": 32}
     found = {}
     for backend in ("reference", "chunked"):
@@ -100,7 +100,7 @@ def test_mapping_by_segments_is_mapping_all(name: str, length: int) -> None:
             again = call()
         assert torch.equal(again.output, output)
     for index, (actual, expected) in enumerate(zip(found["chunked"], found["reference"], strict=True)):
-        assert relative(actual, expected) <= (2e-6 if index > 2 else 1e-6), index
+        assert relative(actual, expected) <= (2e-6 if index > 1 else 1e-6), index
 
 
 @fast
@@ -178,7 +178,7 @@ def test_double_stays_double() -> None:
         ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
         ({"padding_mask": torch.ones(2, 5)}, TypeError, "must be boolean"),
         ({"padding_mask": torch.ones(2, 4).bool()}, ValueError, r"must be \[2, 5\]"),
-        ({"state": LinearState(torch.rand(2, 2, 5, 4), torch.rand(2, 2, 5))}, ValueError, r"\[B,G,F,V\]"),
+        ({"state": LinearState.of(torch.rand(2, 2, 5, 4), torch.rand(2, 2, 5))}, ValueError, r"\[B,G,F,V\+1\]"),
     ],
 )
 def test_bad_input_is_named(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from ..cache import KeyValueState, KeyValueStore
 from ..config import LinearConfig
 from ..feature_maps import FEATURE_MAPS
+from ..notation import may_overwrite
 from ..ops.hybrid import JOINS, HybridOptions, hybrid_attention
 from ..ops.hybrid import step as hybrid_step
 from ..ops.linear import LinearState, empty_state, linear_attention, recurrent
@@ -178,6 +179,12 @@ class LinearAttention(Mechanism):
         mask = None
         if call.lengths is not None:
             mask = torch.arange(query.shape[2], device=query.device) < call.lengths[:, None]
+        if query.shape[2] == 1 and self.options.backend != "reference":
+            features = self.key_map(key, positions)
+            if mask is not None:
+                features = features * mask[:, None, :, None]
+            in_place = call.in_place and may_overwrite(state.sums)
+            return recurrent.attend_one(self.query_map(query, positions), features, value, state, in_place)
         return linear_attention(
             query,
             key,
@@ -216,7 +223,7 @@ class LinearAttention(Mechanism):
             features = self.key_map(old_key, self._positions(state.window, -self.options.window))
             if valid is not None:
                 features = features * valid[:, None, None, None]
-            linear = recurrent.step(features, old_value, linear)
+            linear = recurrent.step(features, old_value, linear, call.in_place and may_overwrite(linear.sums))
         window = self.store.append(state.window, key, value, call.lengths, call.in_place)
         full = window.least - self.store.num_leading >= self.options.window
         visible = None if full else window.positions >= 0

@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch.nn import functional
 
+from ..notation import may_overwrite
 from ..ops.stream import Stream
 from ..patterns import Retention
 
@@ -81,9 +82,7 @@ class KeyValueStore:
             in_place: Whether the tensors of `state` may be overwritten.
         """
         tokens = key.shape[2]
-        if in_place and not torch.compiler.is_compiling():
-            in_place = not state.keys.is_inference() or torch.is_inference_mode_enabled()
-        if tokens == 1 and lengths is None and in_place:
+        if tokens == 1 and lengths is None and in_place and may_overwrite(state.keys):
             return self._append_one(state, key, value)
         added = key.new_full((key.shape[0],), tokens, dtype=torch.int64) if lengths is None else lengths
         num_tokens = state.num_tokens + added

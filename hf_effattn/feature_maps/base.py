@@ -77,7 +77,8 @@ class FeatureMap(nn.Module):
         Returns:
             Features in the dtype of x, but float32 for float16, whose range is too small for some.
         """
-        x = x[..., -self.head_dim :]
+        if x.shape[-1] != self.head_dim:
+            x = x[..., -self.head_dim :]
         wide = x if x.dtype == torch.float64 else x.float()
         projected = self.project(wide)
         if arrange is not None:

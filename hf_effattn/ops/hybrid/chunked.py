@@ -15,7 +15,6 @@ from ..collector import Collector
 from ..linear import LinearOutput, LinearState
 from ..linear.plan import Plan
 from ..linear.segment import attend, fold, fold_segment, segments, states_before, unfold
-from ..linear.state import joined, split
 from ..sparse.masked import attend_causal
 from ..stream import Stream
 from .merge import linear_logit, linear_value
@@ -34,7 +33,7 @@ def hybrid_attention(
         return LinearOutput(attend_causal(plain_query, plain_key, stream.value, options.scale), state)
     dtype = compute_dtype(query.dtype)
     collector = Collector(query, stream.value.shape[-1])
-    carry = joined(state)
+    carry = state.sums
     for start, end in segments(query, chunk):
         length = -(-(end - start) // chunk) * chunk
         low = past + start - options.window  # stream index of the first query's far key
@@ -57,7 +56,7 @@ def hybrid_attention(
         folded = fold(options.scored(q).to(dtype), chunk).view(*far.shape[:3], -1)
         output = _join(folded, options.scored(key).to(dtype), value.to(dtype), far, stream, real, past + start, options)
         collector.add(unfold(output.view(-1, heads, chunk, output.shape[-1]), batch, end - start))
-    return LinearOutput(collector.result(), split(carry))
+    return LinearOutput(collector.result(), LinearState(carry))
 
 
 def _take(x: torch.Tensor, low: int, high: int, length: int) -> torch.Tensor:

@@ -34,7 +34,7 @@ class HybridOptions(NamedTuple):
 
     def scored(self, x: torch.Tensor) -> torch.Tensor:
         """Return the part of queries or keys `[..., D or 2D]` that softmax attention is about: after rotary."""
-        return x[..., : self.query_map.head_dim]
+        return x if x.shape[-1] == self.query_map.head_dim else x[..., : self.query_map.head_dim]
 
     @property
     def uses_positions(self) -> bool:

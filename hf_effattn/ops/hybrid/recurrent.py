@@ -31,15 +31,14 @@ def step(
         position: Position of the query in each row `[B, 1]`, for feature maps that use it.
     """
     batch, heads = query.shape[:2]
-    kv_heads, wide = keys.shape[1], state.kv.dtype
+    kv_heads, wide = keys.shape[1], state.sums.dtype
     q = options.scored(query).reshape(batch, kv_heads, heads // kv_heads, -1)
     dtype = compute_dtype(query.dtype)
-    scores = (
-        torch.matmul(q.to(dtype), options.scored(keys).to(dtype).transpose(2, 3)).to(wide) * options.scale
-    )  # [B, G, R, S]
+    k = options.scored(keys).to(dtype)
+    scores = torch.matmul(q.to(dtype), k.transpose(2, 3)).to(wide) * options.scale  # [B, G, R, S]
     if visible is not None:
         scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
-    numerator, denominator = (x.view(*q.shape[:3], -1) for x in read(options.query_map(query, position), state))
+    numerator, denominator = read(options.query_map(query, position), state)
     logit = linear_logit(denominator, options.bias.to(wide).view(kv_heads, -1, 1), scores, options.join)
     weights = torch.cat((scores, logit), dim=-1).softmax(dim=-1)
     output = torch.matmul(weights[..., :-1].to(dtype), values.to(dtype)).to(wide)

@@ -62,4 +62,4 @@ def _folded(
     left = (positions >= options.num_sinks) & (last - positions >= options.window)  # [B, S]
     k, v = features.double() * left[:, None, :, None], stream.value.double()
     kv = state.kv + torch.einsum("bgsf,bgsv->bgfv", k, v).to(state.kv.dtype)
-    return LinearState(kv, state.normalizer + k.sum(dim=2).to(state.kv.dtype))
+    return LinearState.of(kv, state.normalizer + k.sum(dim=2).to(state.kv.dtype))

@@ -72,9 +72,9 @@ def linear_attention(
         raise ValueError(f"unknown backend {backend!r}; valid: auto, {', '.join(BACKENDS)}")
     if state is None:
         state = empty_state(batch, key.shape[1], features, value.shape[-1], like=query)
-    elif state.kv.shape != (batch, key.shape[1], features, value.shape[-1]):
-        expected = [batch, key.shape[1], features, value.shape[-1]]
-        raise ValueError(f"state.kv must be [B,G,F,V] = {expected}; got {list(state.kv.shape)}")
+    elif state.sums.shape != (batch, key.shape[1], features, value.shape[-1] + 1):
+        expected = [batch, key.shape[1], features, value.shape[-1] + 1]
+        raise ValueError(f"state.sums must be [B,G,F,V+1] = {expected}; got {list(state.sums.shape)}")
     if tokens == 0:
         return LinearOutput(query.new_zeros(*query.shape[:3], value.shape[-1]), state)
     return BACKENDS[backend](query, key, value, state, plan)

@@ -14,7 +14,7 @@ from ..collector import Collector
 from . import gradient
 from .plan import Plan
 from .segment import attend, fold_segment, segments, states_before
-from .state import EPS, LinearOutput, LinearState, joined, split
+from .state import EPS, LinearOutput, LinearState
 
 
 def linear_attention(
@@ -32,9 +32,9 @@ def in_segments(
 ) -> LinearOutput:
     """Compute segment by segment, by operations that autograd and the compiler understand."""
     collector = Collector(query, value.shape[-1])
-    carry = joined(state)
+    carry = state.sums
     for start, end in segments(query, plan.chunk):
         segment = fold_segment(query, key, value, plan, start, end)
         before, carry = states_before(segment, carry)
         collector.add_quotient(attend(segment, before), EPS, plan.chunk, end - start)
-    return LinearOutput(collector.result(), split(carry))
+    return LinearOutput(collector.result(), LinearState(carry))

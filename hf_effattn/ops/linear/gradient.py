@@ -19,15 +19,15 @@ from torch.autograd.function import once_differentiable
 from ..collector import Collector
 from .plan import Plan
 from .segment import Segment, attend, fold, fold_segment, segments, states_before, sums_after, unfold, within_chunk
-from .state import EPS, LinearOutput, LinearState, joined, split
+from .state import EPS, LinearOutput, LinearState
 
 
 def linear_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: LinearState, plan: Plan
 ) -> LinearOutput:
     """Compute as `chunked.linear_attention` does, with gradients for all tensors and the maps' parameters."""
-    output, carry = _Chunked.apply(plan, query, key, value, joined(state), *plan.parameters())
-    return LinearOutput(output, split(carry))
+    output, carry = _Chunked.apply(plan, query, key, value, state.sums, *plan.parameters())
+    return LinearOutput(output, LinearState(carry))
 
 
 SEGMENT_BYTES = 1024  # the backward pass needs more for each token than the forward pass

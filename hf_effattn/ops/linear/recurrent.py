@@ -3,36 +3,60 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
 from .plan import Plan
 from .state import EPS, LinearOutput, LinearState
 
 
-def step(key: torch.Tensor, value: torch.Tensor, state: LinearState) -> LinearState:
-    """Return the state after one more token: key `[B,G,1,F]`, value `[B,G,1,V]`."""
-    k, v = key.to(state.kv.dtype), value.to(state.kv.dtype)
-    return LinearState(state.kv + k.transpose(2, 3) * v, state.normalizer + k.squeeze(2))
+def step(key: torch.Tensor, value: torch.Tensor, state: LinearState, in_place: bool = False) -> LinearState:
+    """Return the state after one more token.
+
+    Args:
+        key: φ(k) `[B, G, 1, F]`.
+        value: `[B, G, 1, V]`.
+        in_place: Whether the given state may be overwritten.
+    """
+    sums = state.sums
+    k, v = key.to(sums.dtype).transpose(2, 3), functional.pad(value.to(sums.dtype), (0, 1), value=1.0)
+    return LinearState(sums.addcmul_(k, v) if in_place else torch.addcmul(sums, k, v))
 
 
 def read(query: torch.Tensor, state: LinearState) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return numerator `φ(q)ᵀ state.kv` `[B,H,1,V]` and denominator `φ(q)ᵀ state.normalizer` `[B,H,1,1]`."""
+    """Return numerator `φ(q)ᵀ state.kv` `[B, G, R, V]` and denominator `φ(q)ᵀ state.normalizer` `[B, G, R, 1]`.
+
+    Args:
+        query: φ(q) of one token `[B, H, 1, F]`.
+    """
     batch, heads, _, features = query.shape
-    kv_heads = state.kv.shape[1]
-    q = query.to(state.kv.dtype).view(batch, kv_heads, heads // kv_heads, features)
-    numerator = torch.matmul(q, state.kv)  # [B, G, R, V]
-    denominator = torch.matmul(q, state.normalizer[..., None])  # [B, G, R, 1]
-    return numerator.view(batch, heads, 1, -1), denominator.view(batch, heads, 1, 1)
+    kv_heads = state.sums.shape[1]
+    sums = torch.matmul(query.to(state.sums.dtype).view(batch, kv_heads, heads // kv_heads, features), state.sums)
+    return sums[..., :-1], sums[..., -1:]
+
+
+def attend_one(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: LinearState, in_place: bool = False
+) -> LinearOutput:
+    """Compute `S_t = S_{t-1} + φ(k_t) v_tᵀ`, `o_t = φ(q_t)ᵀ S_t / φ(q_t)ᵀ z_t` for one token.
+
+    Args:
+        query: φ(q) `[B, H, 1, F]`; key: φ(k) `[B, G, 1, F]`; value: `[B, G, 1, V]`.
+        in_place: Whether the given state may be overwritten.
+    """
+    state = step(key, value, state, in_place)
+    numerator, denominator = read(query, state)
+    output = (numerator / denominator.clamp(min=EPS)).to(value.dtype)
+    return LinearOutput(output.view(*query.shape[:3], -1), state)
 
 
 def linear_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: LinearState, plan: Plan
 ) -> LinearOutput:
-    """`S_t = S_{t-1} + φ(k_t) v_tᵀ`, `o_t = φ(q_t)ᵀ S_t / φ(q_t)ᵀ z_t`, token by token."""
+    """Compute token by token; arguments as in `hf_effattn.ops.linear.linear_attention`."""
     features = plan.queries(query), plan.keys(key)
     outputs = []
     for t in range(query.shape[2]):
         q, k, v = (x[:, :, t : t + 1] for x in (*features, value))
-        state = step(k, v, state)
-        numerator, denominator = read(q, state)
-        outputs.append((numerator / denominator.clamp(min=EPS)).to(query.dtype))
+        output, state = attend_one(q, k, v, state)
+        outputs.append(output)
     return LinearOutput(torch.cat(outputs, dim=2), state)

@@ -27,4 +27,4 @@ def linear_attention(
     new_kv = kv + torch.einsum("bgtf,bgtv->bgfv", k, v)
     new_normalizer = normalizer + k.sum(dim=2)
     dtype = state.kv.dtype
-    return LinearOutput(output.to(query.dtype), LinearState(new_kv.to(dtype), new_normalizer.to(dtype)))
+    return LinearOutput(output.to(query.dtype), LinearState.of(new_kv.to(dtype), new_normalizer.to(dtype)))

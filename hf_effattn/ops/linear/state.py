@@ -15,12 +15,26 @@ class LinearState(NamedTuple):
     """What linear attention remembers of the past; its size doesn't depend on how much past there was.
 
     Args:
-        kv: `Σ φ(k) vᵀ` `[B, G, F, V]`, float32 (float64 for a float64 model).
-        normalizer: `Σ φ(k)` `[B, G, F]`, the same dtype.
+        sums: `Σ φ(k) [v, 1]ᵀ` `[B, G, F, V+1]`, float32 (float64 for a float64 model): one tensor, so that one
+            operation advances it and one reads it.
     """
 
-    kv: torch.Tensor
-    normalizer: torch.Tensor
+    sums: torch.Tensor
+
+    @property
+    def kv(self) -> torch.Tensor:
+        """`Σ φ(k) vᵀ` `[B, G, F, V]`."""
+        return self.sums[..., :-1]
+
+    @property
+    def normalizer(self) -> torch.Tensor:
+        """`Σ φ(k)` `[B, G, F]`."""
+        return self.sums[..., -1]
+
+    @classmethod
+    def of(cls, kv: torch.Tensor, normalizer: torch.Tensor) -> LinearState:
+        """Return the state with these parts."""
+        return cls(torch.cat((kv, normalizer[..., None]), dim=-1))
 
 
 class LinearOutput(NamedTuple):
@@ -32,15 +46,5 @@ class LinearOutput(NamedTuple):
 
 def empty_state(batch: int, num_heads: int, feature_dim: int, value_dim: int, like: torch.Tensor) -> LinearState:
     """Return the state of an empty past for `num_heads` key/value heads, on the device of `like`."""
-    kv = torch.zeros(batch, num_heads, feature_dim, value_dim, dtype=state_dtype(like.dtype), device=like.device)
-    return LinearState(kv, kv.new_zeros(batch, num_heads, feature_dim))
-
-
-def joined(state: LinearState) -> torch.Tensor:
-    """Return the state with the normalizer as the last column, `[B, G, F, V+1]`."""
-    return torch.cat((state.kv, state.normalizer[..., None]), dim=-1)
-
-
-def split(joined_state: torch.Tensor) -> LinearState:
-    """Undo `joined`, into tensors that own their memory: a cache must not hold on to the scratch they came from."""
-    return LinearState(joined_state[..., :-1].contiguous(), joined_state[..., -1].contiguous())
+    shape = (batch, num_heads, feature_dim, value_dim + 1)
+    return LinearState(torch.zeros(shape, dtype=state_dtype(like.dtype), device=like.device))
