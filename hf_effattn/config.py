@@ -11,6 +11,7 @@ from .feature_maps import FEATURE_MAPS, map_options
 from .notation import whole_number
 from .patterns import PATTERNS, Pattern, make_pattern, pattern_from_spec
 from .patterns.base import is_registered, pattern_options
+from .recurrences import RECURRENCES
 from .registry import Registry
 
 CONFIGS: Registry[type[MechanismConfig]] = Registry("mechanism")
@@ -64,6 +65,8 @@ class LinearConfig(MechanismConfig):
             a window, and none without.
         join: How window and linear past are weighed: "log" puts both on one scale and starts with the linear part
             nearly closed; "lolcats" is the weighing of LoLCATs (see `hf_effattn.ops.hybrid.JOINS`).
+        recurrence: How the state goes from token to token: "sum" keeps everything, others let it decay (see
+            `hf_effattn.recurrences`).
         chunk_size: Tokens of one chunk of the parallel form. It changes speed and rounding, nothing else.
         backend: "auto", "chunked", or "reference" (slow and quadratic: for tests).
     """
@@ -77,6 +80,7 @@ class LinearConfig(MechanismConfig):
     window: int = 64
     num_sinks: int | None = None
     join: str = "log"
+    recurrence: str = "sum"
     chunk_size: int = 64
 
     def __post_init__(self) -> None:
@@ -84,6 +88,8 @@ class LinearConfig(MechanismConfig):
         if not isinstance(self.map_options, dict):
             raise TypeError(f"map_options must be a dictionary; got {self.map_options!r}")
         _refuse_unknown(self.map_options, map_options(self.feature_map), f"feature map {self.feature_map!r}")
+        if self.recurrence != "sum" and self.recurrence not in RECURRENCES:
+            raise ValueError(f"unknown recurrence {self.recurrence!r}; valid: sum, {', '.join(RECURRENCES)}")
         if self.join not in self.joins:
             raise ValueError(f"unknown join {self.join!r}; valid: {', '.join(self.joins)}")
         whole_number("window", self.window, 0)

@@ -18,6 +18,7 @@ from hf_effattn import LinearConfig, SparseConfig
 from hf_effattn.feature_maps import FEATURE_MAPS
 from hf_effattn.ops.sparse import choose_backend
 from hf_effattn.patterns import PATTERNS, Pattern, dilated, global_tokens, make_pattern, sinks, sliding_window
+from hf_effattn.recurrences import RECURRENCES
 
 # A value for every option a pattern may have; small, so that tiny texts meet all cases.
 PATTERN_OPTIONS = {"window": 6, "num_sinks": 2, "positions": (0, 9), "stride": 5, "num_summary": 2}
@@ -62,6 +63,12 @@ def cases() -> list[Case]:
             for backend in LinearConfig.backends if full else ("auto",):
                 options = {"feature_map": name, "window": window, "num_sinks": num_sinks, "chunk_size": chunk}
                 found.append(Case(f"{name}-w{window}s{num_sinks}-{backend}", "linear", {**options, "backend": backend}))
+    for name in RECURRENCES:
+        for window, num_sinks in ((0, 0), (6, 2)):
+            for backend in LinearConfig.backends:
+                options = {"feature_map": "softmax", "recurrence": name, "window": window, "num_sinks": num_sinks}
+                options |= {"chunk_size": 4, "backend": backend}
+                found.append(Case(f"{name}-w{window}s{num_sinks}-{backend}", "linear", options))
     for backend in LinearConfig.backends:
         options = {"window": 6, "num_sinks": 2, "chunk_size": 4, "join": "lolcats", "backend": backend}
         found.append(Case(f"lolcats-{backend}", "linear", options))

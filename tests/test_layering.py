@@ -14,6 +14,7 @@ FLOORS = {
     "registry": 0,
     "notation": 0,
     "feature_maps": 1,
+    "recurrences": 1,
     "patterns": 1,
     "selectors": 1,
     "config": 1.5,  # on floor 1, above the things it names

@@ -13,8 +13,9 @@ from ..feature_maps import FEATURE_MAPS
 from ..notation import may_overwrite
 from ..ops.hybrid import JOINS, HybridOptions, hybrid_attention
 from ..ops.hybrid import step as hybrid_step
-from ..ops.linear import LinearState, empty_state, linear_attention, recurrent
+from ..ops.linear import PER_FEATURE_CHUNK, LinearState, Plan, empty_state, linear_attention, recurrent
 from ..patterns import Retention
+from ..recurrences import RECURRENCES, Recurrence
 from .base import MECHANISMS, Call, HeadGeometry, Mechanism
 
 
@@ -68,7 +69,15 @@ class LinearAttention(Mechanism):
         feature_map = FEATURE_MAPS.get(config.feature_map)
         self.query_map = feature_map(geometry.head_dim, geometry.num_heads, **config.map_options)
         self.key_map = feature_map(geometry.head_dim, geometry.num_kv_heads, **config.map_options)
-        self.before_rotary = self.key_map.before_rotary
+        self.recurrence: Recurrence | None = None
+        self.chunk_size = config.chunk_size
+        if config.recurrence != "sum":
+            make = RECURRENCES.get(config.recurrence)
+            self.recurrence = make(geometry.head_dim, geometry.num_kv_heads, self.key_map.feature_dim)
+            self.chunk_size = min(config.chunk_size, PER_FEATURE_CHUNK) if make.per_feature else config.chunk_size
+        self.before_rotary = self.key_map.before_rotary or (
+            self.recurrence is not None and self.recurrence.before_rotary
+        )
         self.store = KeyValueStore(Retention(config.window, frozenset(range(self.num_sinks))))
         self.bias = nn.Parameter(torch.full((geometry.num_heads,), JOINS[config.join])) if config.window else None
 
@@ -120,7 +129,8 @@ class LinearAttention(Mechanism):
 
     def describe(self) -> str:
         c = self.options
-        return f"linear {c.feature_map}(window={c.window}, num_sinks={self.num_sinks})"
+        recurrence = "" if c.recurrence == "sum" else f" {c.recurrence}"
+        return f"linear {c.feature_map}{recurrence}(window={c.window}, num_sinks={self.num_sinks})"
 
     def reset_parameters(self) -> None:
         if self.bias is not None:
@@ -130,7 +140,15 @@ class LinearAttention(Mechanism):
         assert self.bias is not None
         c = self.options
         return HybridOptions(
-            self.query_map, self.key_map, self.bias, c.window, self.num_sinks, call.scale, c.chunk_size, c.join
+            self.query_map,
+            self.key_map,
+            self.bias,
+            c.window,
+            self.num_sinks,
+            call.scale,
+            self.chunk_size,
+            c.join,
+            self.recurrence,
         )
 
     @property
@@ -180,11 +198,10 @@ class LinearAttention(Mechanism):
         if call.lengths is not None:
             mask = torch.arange(query.shape[2], device=query.device) < call.lengths[:, None]
         if query.shape[2] == 1 and self.options.backend != "reference":
-            features = self.key_map(key, positions)
-            if mask is not None:
-                features = features * mask[:, None, :, None]
+            plan = Plan(self.query_map, self.key_map, 1, positions, positions, mask, self.recurrence)
             in_place = call.in_place and may_overwrite(state.sums)
-            return recurrent.attend_one(self.query_map(query, positions), features, value, state, in_place)
+            features, decay = plan.keys(key), plan.log_decay(key)
+            return recurrent.attend_one(plan.queries(query), features, value, state, in_place, decay)
         return linear_attention(
             query,
             key,
@@ -194,7 +211,8 @@ class LinearAttention(Mechanism):
             query_map=self.query_map,
             key_map=self.key_map,
             positions=positions,
-            chunk_size=self.options.chunk_size,
+            recurrence=self.recurrence,
+            chunk_size=self.chunk_size,
             backend=self.options.backend,
         )
 
@@ -220,10 +238,11 @@ class LinearAttention(Mechanism):
         leaving = self.store.leaving(state.window, call.lengths)
         if leaving is not None:
             old_key, old_value, valid = leaving
-            features = self.key_map(old_key, self._positions(state.window, -self.options.window))
-            if valid is not None:
-                features = features * valid[:, None, None, None]
-            linear = recurrent.step(features, old_value, linear, call.in_place and may_overwrite(linear.sums))
+            at = self._positions(state.window, -self.options.window)
+            marks = None if valid is None else valid[:, None]
+            plan = Plan(None, self.key_map, 1, None, at, marks, self.recurrence)
+            in_place = call.in_place and may_overwrite(linear.sums)
+            linear = recurrent.step(plan.keys(old_key), old_value, linear, in_place, plan.log_decay(old_key))
         window = self.store.append(state.window, key, value, call.lengths, call.in_place)
         full = window.least - self.store.num_leading >= self.options.window
         visible = None if full else window.positions >= 0

@@ -70,7 +70,7 @@ class FeatureMap(nn.Module):
 
         Args:
             x: `[B, H, T, D]`; or `[B, H, T, 2D]`, where those before rotary stand behind those after it: the map takes
-                the last D.
+                the half it is made for.
             positions: `[B or 1, T]`, for maps that use them.
             arrange: Rearranges the projected tokens, whose features then come in that arrangement (as do positions).
 
@@ -78,7 +78,7 @@ class FeatureMap(nn.Module):
             Features in the dtype of x, but float32 for float16, whose range is too small for some.
         """
         if x.shape[-1] != self.head_dim:
-            x = x[..., -self.head_dim :]
+            x = x[..., -self.head_dim :] if self.before_rotary else x[..., : self.head_dim]
         wide = x if x.dtype == torch.float64 else x.float()
         projected = self.project(wide)
         if arrange is not None:

@@ -49,6 +49,7 @@ def hybrid_attention(
             None if tokens_at is None else tokens_at[:, options.window :],
             None if tokens_at is None else tokens_at[:, : end - start],
             _arrived(real, lengths, start, end - start),
+            options.recurrence,
         )
         segment = fold_segment(q, key[:, :, : end - start], value[:, :, : end - start], plan, 0, end - start)
         before, carry = states_before(segment, carry)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ...feature_maps import FeatureMap
+from ...recurrences import Recurrence
 
 
 class HybridOptions(NamedTuple):
@@ -21,6 +22,7 @@ class HybridOptions(NamedTuple):
         scale: Factor of the softmax scores, usually 1/√D.
         chunk_size: Tokens of one chunk of the parallel form.
         join: How window and linear past are weighed, one of `JOINS`.
+        recurrence: How the linear state decays; None if it does not.
     """
 
     query_map: FeatureMap
@@ -31,6 +33,7 @@ class HybridOptions(NamedTuple):
     scale: float
     chunk_size: int = 64
     join: str = "log"
+    recurrence: Recurrence | None = None
 
     def scored(self, x: torch.Tensor) -> torch.Tensor:
         """Return the part of queries or keys `[..., D or 2D]` that softmax attention is about: after rotary."""

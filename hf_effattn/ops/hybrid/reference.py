@@ -37,14 +37,23 @@ def hybrid_attention(
     places = positions[:, 0, 0]  # [B or 1, S]
     query_features = options.query_map(query, places[:, past:]).double()
     features = options.key_map(stream.key, places)
-    linear = torch.einsum("bhtf,bhsf->bhts", query_features, repeat(features)) * far
-    numerator = linear @ repeat(stream.value) + query_features @ repeat(state.kv)
-    denominator = linear.sum(-1, keepdim=True) + query_features @ repeat(state.normalizer)[..., None]
+    if options.recurrence is None:
+        linear = torch.einsum("bhtf,bhsf->bhts", query_features, repeat(features)) * far
+        numerator = linear @ repeat(stream.value) + query_features @ repeat(state.kv)
+        denominator = linear.sum(-1, keepdim=True) + query_features @ repeat(state.normalizer)[..., None]
+    else:
+        states = _decaying(stream, state, features, options, tokens)  # [B, T+1, G, F, V+1]
+        read = torch.einsum("bhtf,bthfx->bhtx", query_features, states[:, 1:].repeat_interleave(groups, dim=2))
+        numerator, denominator = read[..., :-1], read[..., -1:]
     bias = options.bias.double()[:, None, None]
     near_weight, far_weight = (peak.exp(), bias.exp()) if options.join == "log" else (bias.sigmoid(), 1.0)
     output = (softmax @ repeat(values)) * near_weight + numerator * far_weight
     output = output / (softmax.sum(-1, keepdim=True) * near_weight + denominator * far_weight)
-    return LinearOutput(output.to(query.dtype), _folded(stream, state, features, options, tokens, lengths))
+    if options.recurrence is None:
+        return LinearOutput(output.to(query.dtype), _folded(stream, state, features, options, tokens, lengths))
+    last = torch.full((query.shape[0],), tokens, device=query.device) if lengths is None else lengths
+    final = states[torch.arange(query.shape[0], device=query.device), last]
+    return LinearOutput(output.to(query.dtype), LinearState(final.to(state.sums.dtype)))
 
 
 def _folded(
@@ -63,3 +72,21 @@ def _folded(
     k, v = features.double() * left[:, None, :, None], stream.value.double()
     kv = state.kv + torch.einsum("bgsf,bgsv->bgfv", k, v).to(state.kv.dtype)
     return LinearState.of(kv, state.normalizer + k.sum(dim=2).to(state.kv.dtype))
+
+
+def _decaying(
+    stream: Stream, state: LinearState, features: torch.Tensor, options: HybridOptions, tokens: int
+) -> torch.Tensor:
+    """The joined states that each query sees, one token after the other, behind the state before: `[B, T+1, …]`."""
+    assert options.recurrence is not None
+    total = stream.key.shape[2]
+    real = (stream.positions(0, total) >= options.num_sinks).expand(features.shape[0], -1)[:, None, :, None]
+    k, decay = features.double() * real, options.recurrence(stream.key).double() * real
+    v = torch.cat((stream.value, torch.ones_like(stream.value[..., :1])), dim=-1).double()
+    sums = state.sums.double()
+    found = [sums]
+    for at in range(total - tokens - options.window, total - options.window):  # the key that leaves for each query
+        if at >= 0:
+            sums = decay[:, :, at].exp()[..., None] * sums + torch.einsum("bgf,bgx->bgfx", k[:, :, at], v[:, :, at])
+        found.append(sums)
+    return torch.stack(found, dim=1)

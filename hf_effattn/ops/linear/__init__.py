@@ -6,6 +6,7 @@ import torch
 
 from ...feature_maps import FeatureMap
 from ...notation import check_heads, check_padding
+from ...recurrences import Recurrence
 from . import chunked, recurrent, reference
 from .plan import Plan
 from .state import EPS, LinearOutput, LinearState, empty_state
@@ -16,6 +17,7 @@ BACKENDS = {
     "recurrent": recurrent.linear_attention,
 }
 CHUNK_SIZE = 64
+PER_FEATURE_CHUNK = 16  # with decays of each feature, exponents must not grow over more tokens
 
 __all__ = ["BACKENDS", "CHUNK_SIZE", "EPS", "LinearOutput", "LinearState", "Plan", "empty_state", "linear_attention"]
 
@@ -30,6 +32,7 @@ def linear_attention(
     query_map: FeatureMap | None = None,
     key_map: FeatureMap | None = None,
     positions: torch.Tensor | None = None,
+    recurrence: Recurrence | None = None,
     chunk_size: int | None = None,
     backend: str = "auto",
 ) -> LinearOutput:
@@ -47,6 +50,7 @@ def linear_attention(
         query_map: φ for queries; key_map: φ for keys. Both or none. The chunked backend maps segment by segment, so
             that features of a long text are never all there at once, and maps again on the way back.
         positions: Of the tokens `[B or 1, T]`, for maps that use them.
+        recurrence: How the state decays; None if it does not.
         chunk_size: Tokens of one chunk (default 64); changes speed and rounding only.
         backend: "reference", "chunked", "recurrent", or "auto" (recurrent for one token, else chunked).
 
@@ -59,7 +63,10 @@ def linear_attention(
     """
     check_heads(query, key, value, "F")
     batch, _, tokens, _ = query.shape
-    plan = Plan(query_map, key_map, chunk_size or CHUNK_SIZE, positions, positions, padding_mask)
+    chunk = chunk_size or CHUNK_SIZE
+    if recurrence is not None and recurrence.per_feature:
+        chunk = min(chunk, PER_FEATURE_CHUNK)
+    plan = Plan(query_map, key_map, chunk, positions, positions, padding_mask, recurrence)
     features = plan.feature_dim(key)
     if key.shape[2] != tokens:
         raise ValueError(f"query has {tokens} tokens and key {key.shape[2]}; the past comes as `state`")

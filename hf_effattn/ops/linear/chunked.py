@@ -22,7 +22,8 @@ def linear_attention(
 ) -> LinearOutput:
     """Compute in chunks; arguments as in `hf_effattn.ops.linear.linear_attention`."""
     inputs = [query, key, value, *state, *plan.parameters()]
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(x.requires_grad for x in inputs):
+    plain = plan.recurrence is None
+    if plain and torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(x.requires_grad for x in inputs):
         return gradient.linear_attention(query, key, value, state, plan)
     return in_segments(query, key, value, state, plan)
 

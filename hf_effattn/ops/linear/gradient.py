@@ -100,7 +100,7 @@ def _segment_backward(
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (query, key, *parameters)]
         mapped = fold_segment(leaves[0], leaves[1], value, plan.with_parameters(leaves[2:]), 0, query.shape[2])
-    segment = Segment(*(x.detach() for x in mapped))
+    segment = Segment(mapped.query.detach(), mapped.key.detach(), mapped.value)
     g = _gradient_of_sums(output, grad_output, denominator, plan.chunk).to(segment.query.dtype)
     grad_query, grad_key, grad_value, before = _gradients_in_chunks(segment, g, carry, after)
     found = torch.autograd.grad([mapped.query, mapped.key], leaves, [grad_query, grad_key], allow_unused=True)
@@ -123,7 +123,7 @@ def _gradients_in_chunks(
     segment: Segment, g: torch.Tensor, carry: torch.Tensor, after: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return gradients of mapped queries and keys, of values, and of the state before the segment."""
-    q, k, v = segment
+    q, k, v, _ = segment
     before = states_before(segment, carry)[0].to(q.dtype)
     later, total = sums_after(torch.matmul(q.transpose(2, 3), g), after)
     later = later.to(q.dtype)

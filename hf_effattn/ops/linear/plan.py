@@ -9,6 +9,7 @@ import torch
 from torch.func import functional_call
 
 from ...feature_maps import FeatureMap
+from ...recurrences import Recurrence
 
 Arrange = Callable[[torch.Tensor], torch.Tensor]
 
@@ -23,6 +24,7 @@ class Plan(NamedTuple):
         query_at: Positions of the queries `[B or 1, T]`, for maps that use them.
         key_at: Positions of the keys, likewise.
         real: Which keys there are `[B or 1, T]`, booleans; None for all.
+        recurrence: How the state decays; None if it does not.
     """
 
     query_map: FeatureMap | None = None
@@ -31,6 +33,7 @@ class Plan(NamedTuple):
     query_at: torch.Tensor | None = None
     key_at: torch.Tensor | None = None
     real: torch.Tensor | None = None
+    recurrence: Recurrence | None = None
 
     def queries(self, x: torch.Tensor, arrange: Arrange | None = None) -> torch.Tensor:
         """Map queries `[B, H, T, D]` to features, rearranged in between as marks of this plan already are."""
@@ -41,13 +44,23 @@ class Plan(NamedTuple):
         x = _features(x, self.key_map, self.key_at, arrange)
         return x if self.real is None else x * self.real[:, None, :, None].to(x.dtype)
 
+    def log_decay(self, x: torch.Tensor, arrange: Arrange | None = None) -> torch.Tensor | None:
+        """Return `log α` `[B, G, T, 1 or F]` of keys `[B, G, T, D]`, zero where there is no key; None without decay."""
+        if self.recurrence is None:
+            return None
+        decay = self.recurrence(x)
+        decay = decay if arrange is None else arrange(decay)
+        return decay if self.real is None else decay * self.real[:, None, :, None].to(decay.dtype)
+
     def feature_dim(self, key: torch.Tensor) -> int:
         return key.shape[-1] if self.key_map is None else self.key_map.feature_dim
 
     def part(self, start: int, end: int) -> Plan:
         """Return the plan of tokens `start..end` alone."""
-        marks = (None if x is None else x[:, start:end] for x in (self.query_at, self.key_at, self.real))
-        return Plan(self.query_map, self.key_map, self.chunk, *marks)
+        query_at, key_at, real = (
+            None if x is None else x[:, start:end] for x in (self.query_at, self.key_at, self.real)
+        )
+        return self._replace(query_at=query_at, key_at=key_at, real=real)
 
     def with_parameters(self, parameters: list[torch.Tensor]) -> Plan:
         """Return the plan with these tensors in place of `self.parameters()`."""
@@ -63,8 +76,8 @@ class Plan(NamedTuple):
         return self._replace(query_map=bound(self.query_map), key_map=bound(self.key_map))
 
     def parameters(self) -> list[torch.Tensor]:
-        """Return the learned parameters of both maps."""
-        return [p for m in (self.query_map, self.key_map) if m is not None for p in m.parameters()]
+        """Return the learned parameters of both maps and the recurrence."""
+        return [p for m in (self.query_map, self.key_map, self.recurrence) if m is not None for p in m.parameters()]
 
 
 def _features(

@@ -9,15 +9,25 @@ from .plan import Plan
 from .state import EPS, LinearOutput, LinearState
 
 
-def step(key: torch.Tensor, value: torch.Tensor, state: LinearState, in_place: bool = False) -> LinearState:
+def step(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    state: LinearState,
+    in_place: bool = False,
+    log_decay: torch.Tensor | None = None,
+) -> LinearState:
     """Return the state after one more token.
 
     Args:
         key: φ(k) `[B, G, 1, F]`.
         value: `[B, G, 1, V]`.
         in_place: Whether the given state may be overwritten.
+        log_decay: `log α` `[B, G, 1, 1 or F]`; None without decay.
     """
     sums = state.sums
+    if log_decay is not None:
+        factor = log_decay.exp().to(sums.dtype).transpose(2, 3)
+        sums = sums.mul_(factor) if in_place else sums * factor
     k, v = key.to(sums.dtype).transpose(2, 3), functional.pad(value.to(sums.dtype), (0, 1), value=1.0)
     return LinearState(sums.addcmul_(k, v) if in_place else torch.addcmul(sums, k, v))
 
@@ -35,7 +45,12 @@ def read(query: torch.Tensor, state: LinearState) -> tuple[torch.Tensor, torch.T
 
 
 def attend_one(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: LinearState, in_place: bool = False
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    state: LinearState,
+    in_place: bool = False,
+    log_decay: torch.Tensor | None = None,
 ) -> LinearOutput:
     """Compute `S_t = S_{t-1} + φ(k_t) v_tᵀ`, `o_t = φ(q_t)ᵀ S_t / φ(q_t)ᵀ z_t` for one token.
 
@@ -43,7 +58,7 @@ def attend_one(
         query: φ(q) `[B, H, 1, F]`; key: φ(k) `[B, G, 1, F]`; value: `[B, G, 1, V]`.
         in_place: Whether the given state may be overwritten.
     """
-    state = step(key, value, state, in_place)
+    state = step(key, value, state, in_place, log_decay)
     numerator, denominator = read(query, state)
     output = (numerator / denominator.clamp(min=EPS)).to(value.dtype)
     return LinearOutput(output.view(*query.shape[:3], -1), state)
@@ -53,10 +68,10 @@ def linear_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: LinearState, plan: Plan
 ) -> LinearOutput:
     """Compute token by token; arguments as in `hf_effattn.ops.linear.linear_attention`."""
-    features = plan.queries(query), plan.keys(key)
+    features, decay = (plan.queries(query), plan.keys(key)), plan.log_decay(key)
     outputs = []
     for t in range(query.shape[2]):
         q, k, v = (x[:, :, t : t + 1] for x in (*features, value))
-        output, state = attend_one(q, k, v, state)
+        output, state = attend_one(q, k, v, state, log_decay=None if decay is None else decay[:, :, t : t + 1])
         outputs.append(output)
     return LinearOutput(torch.cat(outputs, dim=2), state)

@@ -22,11 +22,14 @@ class Segment(NamedTuple):
         query: Features `[B·N, G, R·C, F]`, heads folded into rows, head-major.
         key: Features `[B·N, G, C, F]`, zero where there is no key.
         value: Values with a column of ones `[B·N, G, C, V+1]`.
+        decayed: `log` of how far the state decays from the beginning of the chunk to each token, its own decay
+            included, `[B·N, G, C, 1 or F]`; None without decay.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
+    decayed: torch.Tensor | None = None
 
 
 def segments(query: torch.Tensor, chunk: int, bytes_: int = SEGMENT_BYTES) -> list[tuple[int, int]]:
@@ -67,14 +70,19 @@ def fold_segment(
     real, batch = plan.real, key.shape[0]
     if real is None and (end - start) % chunk:  # a map makes features of the zeros behind the last key
         real = torch.ones(1, end - start, dtype=torch.bool, device=key.device)
-    folded = Plan(
-        plan.query_map, plan.key_map, chunk, *(_fold_marks(x, batch, chunk) for x in (plan.query_at, plan.key_at, real))
-    )
+    query_at, key_at, real = (_fold_marks(x, batch, chunk) for x in (plan.query_at, plan.key_at, real))
+    folded = plan._replace(query_at=query_at, key_at=key_at, real=real)
     arrange = functools.partial(fold, chunk=chunk)
     query, key, value = (x[:, :, start:end] for x in (query, key, value))
     q, k, v = folded.queries(query, arrange).to(dtype), folded.keys(key, arrange).to(dtype), arrange(value).to(dtype)
     rows = query.shape[1] // key.shape[1] * chunk
-    return Segment(q.view(q.shape[0], key.shape[1], rows, -1), k, functional.pad(v, (0, 1), value=1.0))
+    decay = folded.log_decay(key, arrange)
+    return Segment(
+        q.view(q.shape[0], key.shape[1], rows, -1),
+        k,
+        functional.pad(v, (0, 1), value=1.0),
+        None if decay is None else decay.cumsum(dim=2),
+    )
 
 
 def states_before(segment: Segment, carry: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,14 +91,30 @@ def states_before(segment: Segment, carry: torch.Tensor) -> tuple[torch.Tensor, 
     Args:
         carry: The joined state before the segment `[B, G, F, V+1]`, float32.
     """
-    added = torch.matmul(segment.key.transpose(2, 3), segment.value)
-    return _sums_before(added, carry)
+    if segment.decayed is None:
+        return _sums_before(torch.matmul(segment.key.transpose(2, 3), segment.value), carry)
+    last = segment.decayed[:, :, -1:]
+    remembered = segment.key * (last - segment.decayed).exp().to(segment.key.dtype)  # at the end of the chunk
+    added = torch.matmul(remembered.transpose(2, 3), segment.value)
+    return _decaying_sums_before(added, last.exp().transpose(2, 3), carry)
 
 
 def attend(segment: Segment, before: torch.Tensor) -> torch.Tensor:
     """Return numerators and denominators `[B·N, G, R·C, V+1]`: `tril(φQ φKᵀ) [V, 1] + φQ S`."""
-    weights = within_chunk(segment.query, segment.key)
-    past = torch.matmul(segment.query, before.to(segment.query.dtype))
+    query, key, decayed = segment.query, segment.key, segment.decayed
+    if decayed is None:
+        weights = within_chunk(query, key)
+    else:
+        rows = decayed.repeat(1, 1, query.shape[2] // key.shape[2], 1)  # [B·N, G, R·C, 1 or F]
+        if decayed.shape[3] == 1:
+            since = (rows - decayed.transpose(2, 3)).clamp(max=0.0)
+            weights = within_chunk(query, key) * since.exp().to(query.dtype)
+        else:  # relative to the middle of the chunk, so that no exponential leaves float32
+            middle = decayed[:, :, decayed.shape[2] // 2, None]
+            late, early = ((x - y).exp().to(query.dtype) for x, y in ((rows, middle), (middle, decayed)))
+            weights = within_chunk(query * late, key * early)
+        query = query * rows.exp().to(query.dtype)
+    past = torch.matmul(query, before.to(query.dtype))
     output = torch.baddbmm(past.flatten(0, 1), weights.flatten(0, 1), segment.value.flatten(0, 1))
     return output.view(past.shape)
 
@@ -127,6 +151,19 @@ def _sums_before(added: torch.Tensor, carry: torch.Tensor) -> tuple[torch.Tensor
     triangle = carry.new_ones(terms.shape[1], terms.shape[1]).tril()
     sums = torch.matmul(triangle, terms)  # [B, N+1, G·F·X]
     return sums[:, :-1].reshape(added.shape), sums[:, -1].clone().view(carry.shape)
+
+
+def _decaying_sums_before(
+    added: torch.Tensor, factor: torch.Tensor, carry: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the states before each chunk `[B·N, G, F, X]`, and the one after all, when each chunk multiplies by
+    `factor` `[B·N, G, 1 or F, 1]` what it finds."""
+    before = []
+    by_chunk = (x.to(carry.dtype).unflatten(0, (carry.shape[0], -1)).unbind(1) for x in (added, factor))
+    for new, kept in zip(*by_chunk, strict=True):
+        before.append(carry)
+        carry = torch.addcmul(new, kept, carry)
+    return torch.stack(before, dim=1).flatten(0, 1), carry
 
 
 def _by_chunk(added: torch.Tensor, state: torch.Tensor) -> torch.Tensor:

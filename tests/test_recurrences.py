@@ -1,0 +1,86 @@
+"""Recurrences with decay: fast = slow, with maps, padding, a past and gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matrix import tiny_model
+from test_ops_linear import relative
+
+from hf_effattn.feature_maps import FEATURE_MAPS
+from hf_effattn.ops.hybrid import HybridOptions, hybrid_attention
+from hf_effattn.ops.linear import LinearState, empty_state, linear_attention
+from hf_effattn.ops.stream import Stream
+from hf_effattn.recurrences import RECURRENCES
+
+every_recurrence = pytest.mark.parametrize("name", list(RECURRENCES))
+
+
+def test_a_map_of_the_wrong_size_is_named() -> None:
+    net = tiny_model("llama-gqa")
+    with pytest.raises(ValueError, match="'liger' gates each dimension.*such as 'softmax'"):
+        net.convert_attention("linear", recurrence="liger")
+    with pytest.raises(ValueError, match="unknown recurrence 'rwkv'; valid: sum, liger, retnet"):
+        net.convert_attention("linear", recurrence="rwkv")
+    assert not any(hasattr(module, "effattn") for module in net.modules())
+
+
+@every_recurrence
+def test_each_recurrence_names_its_paper_and_is_in_the_readme(name: str) -> None:
+    assert "arXiv" in (RECURRENCES.get(name).__doc__ or "")
+    assert f'`"{name}"`' in (Path(__file__).parents[1] / "README.md").read_text()
+
+
+@pytest.mark.parametrize("past", [False, True])
+@pytest.mark.parametrize("length", [40, 130, 600])
+@every_recurrence
+def test_behind_a_window_fast_is_slow(name: str, length: int, past: bool) -> None:
+    torch.manual_seed(length)
+    make = FEATURE_MAPS.get("softmax")
+    recurrence, bias = RECURRENCES.get(name)(16, 2, 16), torch.randn(6)
+    o = HybridOptions(make(16, 6), make(16, 2), bias, 9, 2, 0.25, 16, recurrence=recurrence)
+    leaves = [torch.randn(2, heads, length, dim, requires_grad=True) for heads, dim in ((6, 16), (2, 16), (2, 5))]
+    state, stream, lengths = empty_state(2, 2, 16, 5, like=bias), Stream(leaves[1], leaves[2]), None
+    if past:
+        before = [torch.randn(2, 2, 9, dim) for dim in (16, 5)]
+        sinks = [torch.randn(2, 2, 2, dim) for dim in (16, 5)]
+        keys, values = (torch.cat((x, y), dim=2) for x, y in zip(before, leaves[1:], strict=True))
+        stream = Stream(keys, values, torch.tensor([-3, 40]), -3, *sinks)
+        state, lengths = LinearState(torch.rand(2, 2, 16, 6)), torch.tensor([length, length - 7])
+    found = {}
+    for backend in ("reference", "chunked"):
+        output, new = hybrid_attention(leaves[0], stream, state, o, lengths=lengths, backend=backend)
+        if past:
+            output = output * (torch.arange(length) < lengths[:, None])[:, None, :, None]
+        loss = output.square().sum() + new.sums.square().mean()
+        found[backend] = [output, new.sums, *torch.autograd.grad(loss, [*leaves, *recurrence.parameters()])]
+    for index, (actual, expected) in enumerate(zip(found["chunked"], found["reference"], strict=True)):
+        assert relative(actual, expected) <= (2e-6 if index > 1 else 1e-6), index
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+@pytest.mark.parametrize("length", [1, 40, 130, 1100])
+@every_recurrence
+def test_fast_is_slow(name: str, length: int, scale: float) -> None:
+    torch.manual_seed(length)
+    make = FEATURE_MAPS.get("softmax")
+    maps = make(16, 6), make(16, 2)
+    recurrence = RECURRENCES.get(name)(16, 2, maps[1].feature_dim)
+    leaves = [torch.randn(2, heads, length, dim) for heads, dim in ((6, 16), (2, 16), (2, 5))]
+    leaves[1] = leaves[1] * scale
+    state = torch.rand(2, 2, 16, 6)
+    leaves = [x.requires_grad_() for x in (*leaves, state)]
+    mask = torch.rand(2, length) > 0.2
+    weight = torch.randn(2, 6, length, 5)
+    options: dict[str, Any] = {"query_map": maps[0], "key_map": maps[1], "recurrence": recurrence, "padding_mask": mask}
+    found = {}
+    for backend in ("reference", "chunked", "recurrent"):
+        output, new = linear_attention(*leaves[:3], state=LinearState(leaves[3]), backend=backend, **options)
+        loss = (output * weight).sum() + new.sums.square().mean()
+        found[backend] = [output, new.sums, *torch.autograd.grad(loss, [*leaves, *recurrence.parameters()])]
+    for backend in ("chunked", "recurrent"):
+        for index, (actual, expected) in enumerate(zip(found[backend], found["reference"], strict=True)):
+            assert relative(actual, expected) <= (2e-6 if index > 1 else 1e-6), (backend, index)
