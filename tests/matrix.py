@@ -52,23 +52,27 @@ def patterns() -> dict[str, Pattern]:
 
 
 def cases() -> list[Case]:
-    """Every feature map with and without a window, and every pattern, on every backend that computes it.
+    """Every feature map, recurrence, way of joining and pattern, on every backend that computes it.
 
-    Backends don't know which feature map they work for, so one map meets them all.
+    Backends don't know which feature map or recurrence they work for, so one map meets them all; and a state is of the
+    same kind for all maps but those that use positions.
     """
     found = []
     for name in FEATURE_MAPS:
         full = name == LinearConfig.feature_map
-        for window, num_sinks, chunk in ((0, 0, 1), (5, 0, 1), (6, 2, 4)) if full else ((0, 0, 1), (6, 2, 4)):
+        shapes = [(6, 2, 4)]
+        if full or FEATURE_MAPS.get(name).uses_positions:
+            shapes += [(0, 0, 1), (5, 0, 1)]
+        for window, num_sinks, chunk in shapes:
             for backend in LinearConfig.backends if full else ("auto",):
                 options = {"feature_map": name, "window": window, "num_sinks": num_sinks, "chunk_size": chunk}
                 found.append(Case(f"{name}-w{window}s{num_sinks}-{backend}", "linear", {**options, "backend": backend}))
     for name in RECURRENCES:
         for window, num_sinks in ((0, 0), (6, 2)):
-            for backend in LinearConfig.backends:
-                options = {"feature_map": "softmax", "recurrence": name, "window": window, "num_sinks": num_sinks}
-                options |= {"chunk_size": 4, "backend": backend}
-                found.append(Case(f"{name}-w{window}s{num_sinks}-{backend}", "linear", options))
+            options = {"feature_map": "softmax", "recurrence": name, "window": window, "num_sinks": num_sinks}
+            found.append(
+                Case(f"{name}-w{window}s{num_sinks}", "linear", {**options, "chunk_size": 4, "backend": "auto"})
+            )
     for backend in LinearConfig.backends:
         options = {"window": 6, "num_sinks": 2, "chunk_size": 4, "join": "lolcats", "backend": backend}
         found.append(Case(f"lolcats-{backend}", "linear", options))
