@@ -14,6 +14,10 @@ from .patterns.base import is_registered, pattern_options
 from .recurrences import RECURRENCES
 from .registry import Registry
 
+# Ways of joining a softmax window and the linear past, and where the learned bias of a head starts. In log space the
+# linear part starts nearly closed, since untrained features cost quality; training opens it.
+JOINS = {"log": -4.0, "lolcats": -2.197}
+
 CONFIGS: Registry[type[MechanismConfig]] = Registry("mechanism")
 
 
@@ -34,6 +38,11 @@ class MechanismConfig:
         if self.backend not in self.backends:
             valid = ", ".join(self.backends)
             raise ValueError(f"unknown backend {self.backend!r} of {self.mechanism} attention; valid: {valid}")
+
+    @property
+    def kind(self) -> str:
+        """Name of the class that computes it, in `hf_effattn.attention.MECHANISMS`."""
+        return self.mechanism
 
     @classmethod
     def options(cls) -> list[str]:
@@ -64,7 +73,7 @@ class LinearConfig(MechanismConfig):
         num_sinks: First tokens of each row that stay in the softmax branch for good; needs a window. None for 4 with
             a window, and none without.
         join: How window and linear past are weighed: "log" puts both on one scale and starts with the linear part
-            nearly closed; "lolcats" is the weighing of LoLCATs (see `hf_effattn.ops.hybrid.JOINS`).
+            nearly closed; "lolcats" is the weighing of LoLCATs (equations in `hf_effattn.ops.hybrid.merge`).
         recurrence: How the state goes from token to token: "sum" keeps everything, others let it decay (see
             `hf_effattn.recurrences`).
         chunk_size: Tokens of one chunk of the parallel form. It changes speed and rounding, nothing else.
@@ -73,7 +82,6 @@ class LinearConfig(MechanismConfig):
 
     mechanism: ClassVar[str] = "linear"
     backends: ClassVar[tuple[str, ...]] = ("auto", "chunked", "reference")
-    joins: ClassVar[tuple[str, ...]] = ("log", "lolcats")
 
     feature_map: str = "hedgehog"
     map_options: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -90,8 +98,8 @@ class LinearConfig(MechanismConfig):
         _refuse_unknown(self.map_options, map_options(self.feature_map), f"feature map {self.feature_map!r}")
         if self.recurrence != "sum" and self.recurrence not in RECURRENCES:
             raise ValueError(f"unknown recurrence {self.recurrence!r}; valid: sum, {', '.join(RECURRENCES)}")
-        if self.join not in self.joins:
-            raise ValueError(f"unknown join {self.join!r}; valid: {', '.join(self.joins)}")
+        if self.join not in JOINS:
+            raise ValueError(f"unknown join {self.join!r}; valid: {', '.join(JOINS)}")
         whole_number("window", self.window, 0)
         if self.num_sinks is None:
             object.__setattr__(self, "num_sinks", 4 if self.window else 0)
@@ -101,6 +109,10 @@ class LinearConfig(MechanismConfig):
             raise ValueError(
                 f"num_sinks={self.num_sinks} needs a softmax window; set window to at least 1, or num_sinks=0"
             )
+
+    @property
+    def kind(self) -> str:
+        return "hybrid" if self.window else "linear"
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> MechanismConfig:

@@ -75,3 +75,16 @@ def whole_number(name: str, value: Any, least: int) -> int:
 def may_overwrite(x: torch.Tensor) -> bool:
     """Whether operations in place are allowed on `x` here: not outside inference mode if it was made inside."""
     return torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled()
+
+
+def rotary_half(x: torch.Tensor, head_dim: int, before: bool) -> torch.Tensor:
+    """Return queries or keys after rotary, or before it, `[..., D]`.
+
+    Args:
+        x: `[..., D]`, of which there is one kind only, or `[..., 2D]`: those after rotary, then those before it.
+        head_dim: D.
+        before: Which are wanted.
+    """
+    if x.shape[-1] == head_dim:
+        return x
+    return x[..., head_dim:] if before else x[..., :head_dim]

@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from hf_effattn import LinearConfig
 from hf_effattn.attention import Call, HeadGeometry, make_mechanism
-from hf_effattn.attention.linear import HybridState
+from hf_effattn.attention.hybrid import HybridState
 from hf_effattn.cache import EffAttnCacheLayer
 from hf_effattn.config import make_config
 from hf_effattn.ops.linear import LinearState

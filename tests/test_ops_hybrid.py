@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_ops_linear import relative
 
+from hf_effattn.config import JOINS
 from hf_effattn.feature_maps import FEATURE_MAPS
-from hf_effattn.ops.hybrid import JOINS, HybridOptions, hybrid_attention
+from hf_effattn.ops.hybrid import HybridOptions, hybrid_attention
 from hf_effattn.ops.linear import LinearState, empty_state, linear_attention
 from hf_effattn.ops.sparse import sparse_attention
 from hf_effattn.ops.stream import Stream

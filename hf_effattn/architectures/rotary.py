@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import ast
 import functools
-import inspect
 import re
 import sys
-import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch
 from torch import nn
 
 from .base import Architecture
+from .seam import forward_tree
 
 FUNCTION = "apply_rotary_pos_emb"
 UNDERSTOOD = re.compile(rf"(query_\w+), (key_\w+) = {FUNCTION}\(\1, \2, cos, sin\)")
@@ -70,7 +69,6 @@ def undo_rotary(
 @functools.cache
 def _statements(cls: type) -> tuple[str, ...]:
     """The statements of a class's forward that rotate; with its condition, if one is rotated on a condition only."""
-    source = textwrap.dedent(inspect.getsource(inspect.unwrap(cls.forward)))  # type: ignore[attr-defined]
     found: list[str] = []
 
     def walk(node: ast.AST, condition: str) -> None:
@@ -81,5 +79,8 @@ def _statements(cls: type) -> tuple[str, ...]:
         for child in ast.iter_child_nodes(node):
             walk(child, condition)
 
-    walk(ast.parse(source), "")
+    tree = forward_tree(cls)
+    if tree is None:
+        return ("its source is not there to read",)
+    walk(tree, "")
     return tuple(found)

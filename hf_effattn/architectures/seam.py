@@ -48,17 +48,19 @@ class Seam:
                 yield f"it passes {name}={expression}, which changes the scores"
 
 
+def forward_tree(cls: type) -> ast.AST | None:
+    """Return the syntax tree of the forward of `cls`; None if it has no source."""
+    try:
+        return ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(getattr(cls, "forward", None)))))  # type: ignore[arg-type]
+    except (OSError, TypeError):
+        return None
+
+
 @functools.cache
 def find_seam(cls: type) -> Seam | None:
     """Return how `cls` calls the attention function, or None if it does not look it up where transformers keeps it."""
-    forward = getattr(cls, "forward", None)
-    try:
-        source = textwrap.dedent(inspect.getsource(inspect.unwrap(forward)))  # type: ignore[arg-type]
-    except (OSError, TypeError):
-        return None
-    if "ALL_ATTENTION_FUNCTIONS" not in source:
-        return None
-    nodes = list(ast.walk(ast.parse(source)))
+    tree = forward_tree(cls)
+    nodes = [] if tree is None else list(ast.walk(tree))
     assignments = [node for node in nodes if isinstance(node, (ast.Assign, ast.AnnAssign)) and node.value]
     functions = {
         ast.unparse(target)
@@ -66,10 +68,12 @@ def find_seam(cls: type) -> Seam | None:
         if "ALL_ATTENTION_FUNCTIONS" in ast.unparse(node.value)  # type: ignore[arg-type]
         for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
     }
+    if not functions:
+        return None
     calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) in functions]
     keywords = {k.arg: ast.unparse(k.value) for call in calls for k in call.keywords if k.arg}
     positional = [ast.unparse(call.args[4]) for call in calls if len(call.args) > 4]
-    parameters = inspect.signature(inspect.unwrap(forward)).parameters  # type: ignore[arg-type]
+    parameters = inspect.signature(inspect.unwrap(cls.forward)).parameters  # type: ignore[attr-defined]
     return Seam(
         next((name for name in CACHE_ARGUMENTS if name in parameters), None),
         len(calls),

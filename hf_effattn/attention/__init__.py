@@ -4,12 +4,22 @@ from __future__ import annotations
 
 from ..config import MechanismConfig
 from .base import MECHANISMS, Call, HeadGeometry, Mechanism
+from .hybrid import HybridAttention
 from .linear import LinearAttention
 from .sparse import SparseAttention
 
-__all__ = ["MECHANISMS", "Call", "HeadGeometry", "LinearAttention", "Mechanism", "SparseAttention", "make_mechanism"]
+__all__ = [
+    "MECHANISMS",
+    "Call",
+    "HeadGeometry",
+    "HybridAttention",
+    "LinearAttention",
+    "Mechanism",
+    "SparseAttention",
+    "make_mechanism",
+]
 
 
 def make_mechanism(config: MechanismConfig, geometry: HeadGeometry) -> Mechanism:
     """Return the mechanism that `config` describes for a layer of this geometry."""
-    return MECHANISMS.get(config.mechanism)(config, geometry)
+    return MECHANISMS.get(config.kind)(config, geometry)

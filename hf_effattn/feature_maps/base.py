@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from ..notation import compute_dtype
+from ..notation import compute_dtype, rotary_half
 from ..registry import Registry
 
 FEATURE_MAPS: Registry[type[FeatureMap]] = Registry("feature map")
@@ -34,11 +34,7 @@ class FeatureMap(nn.Module):
         super().__init__()
         self.head_dim = head_dim
         self.num_heads = num_heads
-
-    @property
-    def feature_dim(self) -> int:
-        """F, the number of features."""
-        return self.head_dim
+        self.feature_dim = head_dim  # F; maps with another number of features say so
 
     @property
     def flops_per_token(self) -> int:
@@ -77,8 +73,7 @@ class FeatureMap(nn.Module):
         Returns:
             Features in the dtype of x, but float32 for float16, whose range is too small for some.
         """
-        if x.shape[-1] != self.head_dim:
-            x = x[..., -self.head_dim :] if self.before_rotary else x[..., : self.head_dim]
+        x = rotary_half(x, self.head_dim, self.before_rotary)
         wide = x if x.dtype == torch.float64 else x.float()
         projected = self.project(wide)
         if arrange is not None:

@@ -29,11 +29,8 @@ class CosFormer(FeatureMap):
 
     def __init__(self, head_dim: int, num_heads: int, max_position: int = 8192) -> None:
         super().__init__(head_dim, num_heads)
+        self.feature_dim = 2 * head_dim
         self.max_position: int = whole_number("max_position", max_position, 1)
-
-    @property
-    def feature_dim(self) -> int:
-        return 2 * self.head_dim
 
     @property
     def flops_per_token(self) -> int:

@@ -24,10 +24,7 @@ class DPFP(FeatureMap):
         self.nu = whole_number("nu", nu, 1)
         if self.nu >= 2 * head_dim:
             raise ValueError(f"nu must be less than twice the head dimension, {2 * head_dim}; got {nu}")
-
-    @property
-    def feature_dim(self) -> int:
-        return 2 * self.head_dim * self.nu
+        self.feature_dim = 2 * head_dim * self.nu
 
     @property
     def flops_per_token(self) -> int:

@@ -18,12 +18,9 @@ class Hedgehog(FeatureMap):
 
     def __init__(self, head_dim: int, num_heads: int) -> None:
         super().__init__(head_dim, num_heads)
+        self.feature_dim = 2 * head_dim
         self.weight = nn.Parameter(torch.empty(num_heads, head_dim, head_dim))  # [H, D, D]
         self.reset_parameters()
-
-    @property
-    def feature_dim(self) -> int:
-        return 2 * self.head_dim
 
     @property
     def flops_per_token(self) -> int:

@@ -34,24 +34,20 @@ class Performer(FeatureMap):
     def __init__(self, head_dim: int, num_heads: int, feature_dim: int | None = None) -> None:
         super().__init__(head_dim, num_heads)
         default = max(head_dim, int(head_dim * math.log(head_dim)))
-        self.rows = default if feature_dim is None else whole_number("feature_dim", feature_dim, 1)
-        self.register_buffer("directions", torch.empty(self.rows, head_dim))  # [F, D]
+        self.feature_dim = default if feature_dim is None else whole_number("feature_dim", feature_dim, 1)
+        self.register_buffer("directions", torch.empty(self.feature_dim, head_dim))  # [F, D]
         self.reset_parameters()
 
     @property
-    def feature_dim(self) -> int:
-        return self.rows
-
-    @property
     def flops_per_token(self) -> int:
-        return 2 * self.head_dim * self.rows + 4 * self.rows
+        return 2 * self.head_dim * self.feature_dim + 4 * self.feature_dim
 
     def features(self, x: torch.Tensor) -> torch.Tensor:
         x = x * self.head_dim**-0.25
         exponents = torch.matmul(x, self.directions.to(x.dtype).T) - x.square().sum(-1, keepdim=True) / 2
-        return (exponents.clamp(max=MOST).exp() + FLOOR) * self.rows**-0.5
+        return (exponents.clamp(max=MOST).exp() + FLOOR) * self.feature_dim**-0.5
 
     def reset_parameters(self) -> None:
-        lengths = row_lengths(self.rows, self.head_dim)
+        lengths = row_lengths(self.feature_dim, self.head_dim)
         with torch.no_grad():
-            self.directions.copy_(orthogonal_rows(self.rows, self.head_dim) * lengths[:, None])
+            self.directions.copy_(orthogonal_rows(self.feature_dim, self.head_dim) * lengths[:, None])

@@ -24,18 +24,15 @@ class T2R(FeatureMap):
 
     def __init__(self, head_dim: int, num_heads: int, feature_dim: int | None = None) -> None:
         super().__init__(head_dim, num_heads)
-        self.rows = head_dim if feature_dim is None else whole_number("feature_dim", feature_dim, 1)
-        self.weight = nn.Parameter(torch.empty(num_heads, self.rows, head_dim))  # [H, F, D]
-        self.bias = nn.Parameter(torch.empty(num_heads, 1, self.rows))  # [H, 1, F]
+        if feature_dim is not None:
+            self.feature_dim = whole_number("feature_dim", feature_dim, 1)
+        self.weight = nn.Parameter(torch.empty(num_heads, self.feature_dim, head_dim))  # [H, F, D]
+        self.bias = nn.Parameter(torch.empty(num_heads, 1, self.feature_dim))  # [H, 1, F]
         self.reset_parameters()
 
     @property
-    def feature_dim(self) -> int:
-        return self.rows
-
-    @property
     def flops_per_token(self) -> int:
-        return 2 * self.head_dim * self.rows + 2 * self.rows
+        return 2 * self.head_dim * self.feature_dim + 2 * self.feature_dim
 
     def project(self, x: torch.Tensor) -> torch.Tensor:
         return by_head(x, self.weight)
@@ -44,7 +41,8 @@ class T2R(FeatureMap):
         return (x + self.bias.to(x.dtype)).relu()
 
     def reset_parameters(self) -> None:
-        start = torch.eye(self.rows) if self.rows == self.head_dim else orthogonal_rows(self.rows, self.head_dim)
+        square = self.feature_dim == self.head_dim
+        start = torch.eye(self.head_dim) if square else orthogonal_rows(self.feature_dim, self.head_dim)
         with torch.no_grad():
             self.weight.copy_(start.expand_as(self.weight))
             self.bias.zero_()

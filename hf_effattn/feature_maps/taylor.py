@@ -27,12 +27,9 @@ class Taylor(FeatureMap):
     def __init__(self, head_dim: int, num_heads: int, projection_dim: int | None = None) -> None:
         super().__init__(head_dim, num_heads)
         self.rows = min(16, head_dim) if projection_dim is None else whole_number("projection_dim", projection_dim, 1)
+        self.feature_dim = 1 + self.rows + self.rows * (self.rows + 1) // 2
         self.weight = nn.Parameter(torch.empty(num_heads, self.rows, head_dim))  # [H, X, D]
         self.reset_parameters()
-
-    @property
-    def feature_dim(self) -> int:
-        return 1 + self.rows + self.rows * (self.rows + 1) // 2
 
     @property
     def flops_per_token(self) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .folding import unfold
+
 
 class Collector:
     """Gathers the outputs of consecutive segments into one tensor `[B, H, T, V]`.
@@ -43,7 +45,7 @@ class Collector:
             torch.mul(sums[..., :-1], factor, out=slot)
         else:
             output = sums[..., :-1] * factor
-            self.add(output.transpose(1, 2).flatten(2, 3)[:, :, :tokens])
+            self.add(unfold(output.flatten(0, 1), self.batch, tokens))
 
     def result(self) -> torch.Tensor:
         if self.whole is not None:

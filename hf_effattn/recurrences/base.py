@@ -7,9 +7,13 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from ..notation import rotary_half
 from ..registry import Registry
 
-LEAST = -5.0  # a decay to less than 1 % in one token counts as that: exponents within a chunk stay small
+# A decay to less than 1 % in one token counts as that, and chunks with decays of each feature are short: so the
+# exponents within a chunk, up to half of it away from its middle, stay within float32.
+LEAST = -5.0
+PER_FEATURE_CHUNK = 16
 RECURRENCES: Registry[type[Recurrence]] = Registry("recurrence")
 
 
@@ -40,9 +44,13 @@ class Recurrence(nn.Module):
 
     def forward(self, key: torch.Tensor) -> torch.Tensor:
         """Return `log α` for keys `[B, G, T, D]` of any dtype, or `[B, G, T, 2D]` with those before rotary behind."""
-        part = key[..., -self.head_dim :] if self.before_rotary else key[..., : self.head_dim]
+        part = rotary_half(key, self.head_dim, self.before_rotary)
         decay = self.log_decay(part if part.dtype == torch.float64 else part.float())
         return decay.clamp(min=LEAST)
+
+    def chunk_size(self, wanted: int) -> int:
+        """Return how many tokens a chunk may have."""
+        return min(wanted, PER_FEATURE_CHUNK) if self.per_feature else wanted
 
     def reset_parameters(self) -> None:
         """Set learned parameters to their documented start."""

@@ -8,13 +8,12 @@ from ...notation import check_heads
 from ..linear import LinearOutput, LinearState
 from ..stream import Stream
 from . import chunked, reference
-from .merge import JOINS
 from .options import HybridOptions
 from .recurrent import step
 
 BACKENDS = {"reference": reference.hybrid_attention, "chunked": chunked.hybrid_attention}
 
-__all__ = ["BACKENDS", "JOINS", "HybridOptions", "hybrid_attention", "step"]
+__all__ = ["BACKENDS", "HybridOptions", "hybrid_attention", "step"]
 
 
 def hybrid_attention(
@@ -30,7 +29,7 @@ def hybrid_attention(
 
     `ℓ_sm` and `o_sm` are the log-sum-exp and the output of softmax attention over the last `window` keys and the
     first `num_sinks`; `ℓ_lin = log(φ(q)·z) + b` and `o_lin` those of linear attention over all other keys (after
-    LoLCATs, arXiv 2410.10254, whose own weighing is another of `JOINS`). While the text is shorter than the window
+    LoLCATs, arXiv 2410.10254, whose own weighing is another `join`). While the text is shorter than the window
     this is softmax attention.
 
     Args:
@@ -56,6 +55,8 @@ def hybrid_attention(
         raise ValueError(
             f"the stream must begin 0 or window = {options.window} keys before the first query; got {past}"
         )
+    if options.recurrence is not None:
+        options = options._replace(chunk_size=options.recurrence.chunk_size(options.chunk_size))
     backend = "chunked" if backend == "auto" else backend
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; valid: auto, {', '.join(BACKENDS)}")

@@ -12,9 +12,10 @@ from torch.nn import functional
 
 from ...notation import compute_dtype
 from ..collector import Collector
+from ..folding import fold, unfold
 from ..linear import LinearOutput, LinearState
 from ..linear.plan import Plan
-from ..linear.segment import attend, fold, fold_segment, segments, states_before, unfold
+from ..linear.segment import attend, fold_segment, segments, states_before
 from ..sparse.masked import attend_causal
 from ..stream import Stream
 from .merge import linear_logit, linear_value
@@ -51,7 +52,7 @@ def hybrid_attention(
             _arrived(real, lengths, start, end - start),
             options.recurrence,
         )
-        segment = fold_segment(q, key[:, :, : end - start], value[:, :, : end - start], plan, 0, end - start)
+        segment = fold_segment(q, key[:, :, : end - start], value[:, :, : end - start], plan)
         before, carry = states_before(segment, carry)
         far = attend(segment, before).to(carry.dtype)
         folded = fold(options.scored(q).to(dtype), chunk).view(*far.shape[:3], -1)

@@ -7,27 +7,21 @@ from torch.nn import functional
 
 NOTHING = 1e-30  # a linear denominator up to this means: no past, or none that resembles the query
 
-JOINS = {"log": -4.0, "lolcats": -2.197}
-"""The ways of joining, and where the learned bias b of a head starts.
-
-Both give the linear past a logit beside the scores of the window, as if all of the past were one more key whose value
-is `o_lin`; they differ in the scale they compare on.
-
-- "log": `log(φ(q)·z) + b`. Both parts are masses on one scale: with `φ(q)·φ(k) = exp(q·k/√D)` and b = 0 this is softmax
-  attention over everything. It starts nearly closed, since untrained features cost quality; training opens it.
-- "lolcats": numerator and denominator are `sigmoid(b) Σ exp(s − c) v + Σ φ(q)·φ(k) v` with c the largest score of the
-  window (LoLCATs, Zhang 2024, arXiv 2410.10254); as a logit, `log(φ(q)·z) + c − log sigmoid(b)`.
-"""
-
 
 def linear_logit(denominator: torch.Tensor, bias: torch.Tensor, scores: torch.Tensor, join: str) -> torch.Tensor:
-    """Return the logit of the linear past, minus infinity where there is no past.
+    """Return the logit of the linear past beside the scores of the window, minus infinity where there is no past: as if
+    all of the past were one more key, whose value is `o_lin`.
+
+    - "log": `log(φ(q)·z) + b`. Both parts are masses on one scale: with `φ(q)·φ(k) = exp(q·k/√D)` and b = 0 this is
+      softmax attention over everything.
+    - "lolcats": numerator and denominator are `sigmoid(b) Σ exp(s − c) v + Σ φ(q)·φ(k) v` with c the largest score of
+      the window (LoLCATs, Zhang 2024, arXiv 2410.10254); as a logit, `log(φ(q)·z) + c − log sigmoid(b)`.
 
     Args:
         denominator: `φ(q)·z` `[..., 1]`.
         bias: b, broadcastable to it.
         scores: Softmax scores of window and sinks `[..., S]`.
-        join: One of `JOINS`.
+        join: "log" or "lolcats".
     """
     logit = denominator.clamp(min=NOTHING).log()
     logit = logit + bias if join == "log" else logit + scores.amax(dim=-1, keepdim=True) - functional.logsigmoid(bias)

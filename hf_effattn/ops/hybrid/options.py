@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ...feature_maps import FeatureMap
+from ...notation import rotary_half
 from ...recurrences import Recurrence
 
 
@@ -16,12 +17,12 @@ class HybridOptions(NamedTuple):
     Args:
         query_map: φ for queries.
         key_map: φ for keys.
-        bias: b `[H]`, which opens or closes the linear part (see `JOINS`).
+        bias: b `[H]`, which opens or closes the linear part (see `linear_logit`).
         window: Visible keys of the softmax part, the query's own included.
         num_sinks: First tokens of each row, which stay in the softmax part.
         scale: Factor of the softmax scores, usually 1/√D.
         chunk_size: Tokens of one chunk of the parallel form.
-        join: How window and linear past are weighed, one of `JOINS`.
+        join: How window and linear past are weighed, "log" or "lolcats" (see `linear_logit`).
         recurrence: How the linear state decays; None if it does not.
     """
 
@@ -37,7 +38,7 @@ class HybridOptions(NamedTuple):
 
     def scored(self, x: torch.Tensor) -> torch.Tensor:
         """Return the part of queries or keys `[..., D or 2D]` that softmax attention is about: after rotary."""
-        return x if x.shape[-1] == self.query_map.head_dim else x[..., : self.query_map.head_dim]
+        return rotary_half(x, self.query_map.head_dim, before=False)
 
     @property
     def uses_positions(self) -> bool:

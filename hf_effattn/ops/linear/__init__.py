@@ -17,7 +17,6 @@ BACKENDS = {
     "recurrent": recurrent.linear_attention,
 }
 CHUNK_SIZE = 64
-PER_FEATURE_CHUNK = 16  # with decays of each feature, exponents must not grow over more tokens
 
 __all__ = ["BACKENDS", "CHUNK_SIZE", "EPS", "LinearOutput", "LinearState", "Plan", "empty_state", "linear_attention"]
 
@@ -64,8 +63,8 @@ def linear_attention(
     check_heads(query, key, value, "F")
     batch, _, tokens, _ = query.shape
     chunk = chunk_size or CHUNK_SIZE
-    if recurrence is not None and recurrence.per_feature:
-        chunk = min(chunk, PER_FEATURE_CHUNK)
+    if recurrence is not None:
+        chunk = recurrence.chunk_size(chunk)
     plan = Plan(query_map, key_map, chunk, positions, positions, padding_mask, recurrence)
     features = plan.feature_dim(key)
     if key.shape[2] != tokens:

@@ -21,9 +21,9 @@ def linear_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: LinearState, plan: Plan
 ) -> LinearOutput:
     """Compute in chunks; arguments as in `hf_effattn.ops.linear.linear_attention`."""
-    inputs = [query, key, value, *state, *plan.parameters()]
-    plain = plan.recurrence is None
-    if plain and torch.is_grad_enabled() and not torch.compiler.is_compiling() and any(x.requires_grad for x in inputs):
+    inputs = (query, key, value, *state, *plan.parameters())
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    if learns and plan.recurrence is None and not torch.compiler.is_compiling():
         return gradient.linear_attention(query, key, value, state, plan)
     return in_segments(query, key, value, state, plan)
 
@@ -35,7 +35,8 @@ def in_segments(
     collector = Collector(query, value.shape[-1])
     carry = state.sums
     for start, end in segments(query, plan.chunk):
-        segment = fold_segment(query, key, value, plan, start, end)
+        q, k, v = (x[:, :, start:end] for x in (query, key, value))
+        segment = fold_segment(q, k, v, plan.part(start, end))
         before, carry = states_before(segment, carry)
         collector.add_quotient(attend(segment, before), EPS, plan.chunk, end - start)
     return LinearOutput(collector.result(), LinearState(carry))

@@ -17,9 +17,12 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from ..collector import Collector
+from ..folding import fold, unfold
 from .plan import Plan
-from .segment import Segment, attend, fold, fold_segment, segments, states_before, sums_after, unfold, within_chunk
+from .segment import Segment, attend, fold_segment, segments, states_before, sums_after, within_chunk
 from .state import EPS, LinearOutput, LinearState
+
+SEGMENT_BYTES = 1024  # as in `segment`, but the backward pass needs more for each token than the forward pass
 
 
 def linear_attention(
@@ -28,9 +31,6 @@ def linear_attention(
     """Compute as `chunked.linear_attention` does, with gradients for all tensors and the maps' parameters."""
     output, carry = _Chunked.apply(plan, query, key, value, state.sums, *plan.parameters())
     return LinearOutput(output, LinearState(carry))
-
-
-SEGMENT_BYTES = 1024  # the backward pass needs more for each token than the forward pass
 
 
 class _Chunked(torch.autograd.Function):
@@ -45,17 +45,17 @@ class _Chunked(torch.autograd.Function):
         *parameters: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         collector = Collector(query, value.shape[-1])
+        ctx.plan, ctx.cuts = plan, segments(query, plan.chunk, SEGMENT_BYTES)
         carries, denominators = [], []
-        for start, end in segments(query, plan.chunk, SEGMENT_BYTES):
+        for start, end in ctx.cuts:
             carries.append(carry)
-            segment = fold_segment(query, key, value, plan, start, end)
+            q, k, v = (x[:, :, start:end] for x in (query, key, value))
+            segment = fold_segment(q, k, v, plan.part(start, end))
             before, carry = states_before(segment, carry)
             sums = attend(segment, before)
             denominators.append(sums[..., -1:].clone())
             collector.add_quotient(sums, EPS, plan.chunk, end - start)
         output = collector.result()
-        ctx.plan = plan
-        ctx.num_segments = len(carries)
         ctx.save_for_backward(query, key, value, output, *carries, *denominators, *parameters)
         return output, carry
 
@@ -63,13 +63,13 @@ class _Chunked(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor, after: torch.Tensor) -> tuple[Any, ...]:
         query, key, value, output, *others = ctx.saved_tensors
-        number, plan = ctx.num_segments, ctx.plan
+        plan, number = ctx.plan, len(ctx.cuts)
         carries, denominators, parameters = others[:number], others[number : 2 * number], others[2 * number :]
         grads = [torch.empty_like(x) for x in (query, key, value)]
         sums: list[torch.Tensor | None] = [None] * len(parameters)
         with torch.autocast(query.device.type, enabled=False):
             for index in reversed(range(number)):
-                start, end = segments(query, plan.chunk, SEGMENT_BYTES)[index]
+                start, end = ctx.cuts[index]
                 tensors = [x[:, :, start:end] for x in (query, key, value, output, grad_output)]
                 found, of_parameters, after = _segment_backward(
                     tensors, plan.part(start, end), parameters, carries[index], denominators[index], after
@@ -99,7 +99,7 @@ def _segment_backward(
     query, key, value, output, grad_output = tensors
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (query, key, *parameters)]
-        mapped = fold_segment(leaves[0], leaves[1], value, plan.with_parameters(leaves[2:]), 0, query.shape[2])
+        mapped = fold_segment(leaves[0], leaves[1], value, plan.with_parameters(leaves[2:]))
     segment = Segment(mapped.query.detach(), mapped.key.detach(), mapped.value)
     g = _gradient_of_sums(output, grad_output, denominator, plan.chunk).to(segment.query.dtype)
     grad_query, grad_key, grad_value, before = _gradients_in_chunks(segment, g, carry, after)

@@ -44,34 +44,20 @@ def read(query: torch.Tensor, state: LinearState) -> tuple[torch.Tensor, torch.T
     return sums[..., :-1], sums[..., -1:]
 
 
-def attend_one(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    state: LinearState,
-    in_place: bool = False,
-    log_decay: torch.Tensor | None = None,
+def linear_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: LinearState, plan: Plan, in_place: bool = False
 ) -> LinearOutput:
-    """Compute `S_t = S_{t-1} + φ(k_t) v_tᵀ`, `o_t = φ(q_t)ᵀ S_t / φ(q_t)ᵀ z_t` for one token.
+    """Compute token by token; arguments as in `hf_effattn.ops.linear.linear_attention`.
 
     Args:
-        query: φ(q) `[B, H, 1, F]`; key: φ(k) `[B, G, 1, F]`; value: `[B, G, 1, V]`.
         in_place: Whether the given state may be overwritten.
     """
-    state = step(key, value, state, in_place, log_decay)
-    numerator, denominator = read(query, state)
-    output = (numerator / denominator.clamp(min=EPS)).to(value.dtype)
-    return LinearOutput(output.view(*query.shape[:3], -1), state)
-
-
-def linear_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: LinearState, plan: Plan
-) -> LinearOutput:
-    """Compute token by token; arguments as in `hf_effattn.ops.linear.linear_attention`."""
-    features, decay = (plan.queries(query), plan.keys(key)), plan.log_decay(key)
+    queries, keys, decay = plan.queries(query), plan.keys(key), plan.log_decay(key)
     outputs = []
     for t in range(query.shape[2]):
-        q, k, v = (x[:, :, t : t + 1] for x in (*features, value))
-        output, state = attend_one(q, k, v, state, log_decay=None if decay is None else decay[:, :, t : t + 1])
-        outputs.append(output)
-    return LinearOutput(torch.cat(outputs, dim=2), state)
+        now = slice(t, t + 1)
+        log_decay = None if decay is None else decay[:, :, now]
+        state = step(keys[:, :, now], value[:, :, now], state, in_place, log_decay)
+        numerator, denominator = read(queries[:, :, now], state)
+        outputs.append((numerator / denominator.clamp(min=EPS)).to(query.dtype).view(*query.shape[:2], 1, -1))
+    return LinearOutput(outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2), state)

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional
 
 from ...notation import compute_dtype
+from ..folding import fold, fold_marks
 from .plan import Plan
 
 SEGMENT_BYTES = 2048  # of a number for each token of a segment: 512 tokens in float32, 1,024 in bfloat16
@@ -47,33 +48,15 @@ def segments(query: torch.Tensor, chunk: int, bytes_: int = SEGMENT_BYTES) -> li
     return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
-def fold(x: torch.Tensor, chunk: int) -> torch.Tensor:
-    """Fold `[B, H, T, X]` into chunks `[B·N, H, C, X]`, the last one filled up with zeros."""
-    batch, heads, tokens, width = x.shape
-    missing = -tokens % chunk
-    if missing:
-        x = functional.pad(x, (0, 0, 0, missing))
-    return x.unflatten(2, (-1, chunk)).transpose(1, 2).reshape(-1, heads, chunk, width).contiguous()
-
-
-def unfold(x: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
-    """Undo `fold`: `[B·N, H, C, X]` to `[B, H, tokens, X]`."""
-    heads, chunk, width = x.shape[1:]
-    return x.view(batch, -1, heads, chunk, width).transpose(1, 2).flatten(2, 3)[:, :, :tokens]
-
-
-def fold_segment(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan, start: int, end: int
-) -> Segment:
-    """Map and fold tokens `start..end` of query `[B, H, T, ·]`, key `[B, G, T, ·]`, value `[B, G, T, V]`."""
-    dtype, chunk, plan = compute_dtype(value.dtype), plan.chunk, plan.part(start, end)
-    real, batch = plan.real, key.shape[0]
-    if real is None and (end - start) % chunk:  # a map makes features of the zeros behind the last key
-        real = torch.ones(1, end - start, dtype=torch.bool, device=key.device)
-    query_at, key_at, real = (_fold_marks(x, batch, chunk) for x in (plan.query_at, plan.key_at, real))
+def fold_segment(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan) -> Segment:
+    """Map and fold the tokens of one segment: query `[B, H, T, ·]`, key `[B, G, T, ·]`, value `[B, G, T, V]`."""
+    dtype, chunk, batch, tokens = compute_dtype(value.dtype), plan.chunk, key.shape[0], key.shape[2]
+    real = plan.real
+    if real is None and tokens % chunk:  # a map makes features of the zeros behind the last key
+        real = torch.ones(1, tokens, dtype=torch.bool, device=key.device)
+    query_at, key_at, real = (fold_marks(x, batch, chunk) for x in (plan.query_at, plan.key_at, real))
     folded = plan._replace(query_at=query_at, key_at=key_at, real=real)
     arrange = functools.partial(fold, chunk=chunk)
-    query, key, value = (x[:, :, start:end] for x in (query, key, value))
     q, k, v = folded.queries(query, arrange).to(dtype), folded.keys(key, arrange).to(dtype), arrange(value).to(dtype)
     rows = query.shape[1] // key.shape[1] * chunk
     decay = folded.log_decay(key, arrange)
@@ -124,13 +107,6 @@ def within_chunk(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
     products = torch.matmul(rows, columns.transpose(2, 3))
     chunk = columns.shape[2]
     return products.view(*products.shape[:2], -1, chunk, chunk).tril_().view(products.shape)
-
-
-def _fold_marks(x: torch.Tensor | None, batch: int, chunk: int) -> torch.Tensor | None:
-    """Fold what each token has, `[B or 1, T]`, into `[B·N, C]`, filled up with zeros."""
-    if x is None:
-        return None
-    return functional.pad(x, (0, -x.shape[1] % chunk)).expand(batch, -1).reshape(-1, chunk)
 
 
 def sums_after(added: torch.Tensor, after: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
