@@ -139,7 +139,7 @@ def shake(model: PreTrainedModel) -> PreTrainedModel:
         for name, parameter in model.named_parameters():
             if ".effattn." in name:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-                if name.endswith("bias"):
+                if name.endswith(".effattn.bias"):
                     parameter.add_(4.0)  # open the linear part
     return model
 

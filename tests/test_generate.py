@@ -190,7 +190,7 @@ def test_a_conversation_begun_before_the_conversion_goes_on(model: str, case: Ca
     with torch.no_grad():
         net(ids[:, :17], past_key_values=cache)
         shake(net.convert_attention(case.mechanism, **case.options))
-        if any(getattr(module, "undo_rotary", None) for module in net.modules()):
+        if any(getattr(m, "undo_rotary", None) or getattr(m, "num_gates", 0) for m in net.modules()):
             with pytest.raises(ValueError, match="keys after rotary only"):
                 net(ids[:, 17:18], past_key_values=cache)
             return

@@ -156,12 +156,13 @@ def test_large_scores_decode_in_float16() -> None:
 @pytest.mark.parametrize("case", [case for case in CASES if case.options["backend"] == "auto"], ids=str)
 def test_everything_stays_on_its_device(case: Case) -> None:
     """On the meta device, where a tensor made elsewhere is an error: prefill of many lengths, then decoding."""
-    mechanism = make_mechanism(make_config(case.mechanism, case.options), HeadGeometry(4, 2, 16, 16)).to("meta")
+    mechanism = make_mechanism(make_config(case.mechanism, case.options), HeadGeometry(4, 2, 16, 16, 24)).to("meta")
     for lengths in ((1100, 10, 1, 1), (128, 10), (1, 1, 300, 1)):
         state = None
         for length in lengths:
-            query, key = (torch.empty(1, heads, length, 16, device="meta") for heads in (4, 2))
-            output, state = mechanism.attend(state, query, key, key, Call(0.25))
+            query, value = (torch.empty(1, heads, length, 16, device="meta") for heads in (4, 2))
+            key = torch.empty(1, 2, length, 16 + mechanism.num_gates, device="meta")
+            output, state = mechanism.attend(state, query, key, value, Call(0.25))
             assert output.shape == query.shape
             assert output.is_meta
 

@@ -14,16 +14,30 @@ from hf_effattn.feature_maps import FEATURE_MAPS
 from hf_effattn.ops.hybrid import HybridOptions, hybrid_attention
 from hf_effattn.ops.linear import LinearState, empty_state, linear_attention
 from hf_effattn.ops.stream import Stream
-from hf_effattn.recurrences import RECURRENCES
+from hf_effattn.recurrences import RECURRENCES, Recurrence, RecurrenceShape
 
 every_recurrence = pytest.mark.parametrize("name", list(RECURRENCES))
+
+
+def shaken(name: str) -> Recurrence:
+    """A recurrence of 6 query and 2 key/value heads of 16 dimensions, its parameters away from their start."""
+    recurrence = RECURRENCES.get(name)(RecurrenceShape(6, 2, 16, 16, 24))
+    with torch.no_grad():
+        for parameter in recurrence.parameters():
+            parameter.add_(torch.randn(parameter.shape))
+    return recurrence
+
+
+def with_gates(recurrence: Recurrence, key: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """Keys, and behind them what the recurrence reads from the layer's input."""
+    return torch.cat((key, recurrence.read_hidden(hidden)), dim=-1) if recurrence.num_gates else key + 0 * hidden.sum()
 
 
 def test_a_map_of_the_wrong_size_is_named() -> None:
     net = tiny_model("llama-gqa")
     with pytest.raises(ValueError, match="'liger' gates each dimension.*such as 'softmax'"):
         net.convert_attention("linear", recurrence="liger")
-    with pytest.raises(ValueError, match="unknown recurrence 'rwkv'; valid: sum, liger, retnet"):
+    with pytest.raises(ValueError, match="unknown recurrence 'rwkv'; valid: sum, delta, gated_delta, gla, liger"):
         net.convert_attention("linear", recurrence="rwkv")
     assert not any(hasattr(module, "effattn") for module in net.modules())
 
@@ -40,14 +54,16 @@ def test_each_recurrence_names_its_paper_and_is_in_the_readme(name: str) -> None
 def test_behind_a_window_fast_is_slow(name: str, length: int, past: bool) -> None:
     torch.manual_seed(length)
     make = FEATURE_MAPS.get("softmax")
-    recurrence, bias = RECURRENCES.get(name)(16, 2, 16), torch.randn(6)
+    recurrence, bias = shaken(name), torch.randn(6)
     o = HybridOptions(make(16, 6), make(16, 2), bias, 9, 2, 0.25, 16, recurrence=recurrence)
     leaves = [torch.randn(2, heads, length, dim, requires_grad=True) for heads, dim in ((6, 16), (2, 16), (2, 5))]
-    state, stream, lengths = empty_state(2, 2, 16, 5, like=bias), Stream(leaves[1], leaves[2]), None
+    leaves.append(torch.randn(2, length, 24, requires_grad=True))
+    key = with_gates(recurrence, leaves[1], leaves[3])
+    state, stream, lengths = empty_state(2, 2, 16, 5, like=bias), Stream(key, leaves[2]), None
     if past:
-        before = [torch.randn(2, 2, 9, dim) for dim in (16, 5)]
-        sinks = [torch.randn(2, 2, 2, dim) for dim in (16, 5)]
-        keys, values = (torch.cat((x, y), dim=2) for x, y in zip(before, leaves[1:], strict=True))
+        before = [torch.randn(2, 2, 9, dim) for dim in (key.shape[3], 5)]
+        sinks = [torch.randn(2, 2, 2, dim) for dim in (key.shape[3], 5)]
+        keys, values = (torch.cat((x, y), dim=2) for x, y in zip(before, (key, leaves[2]), strict=True))
         stream = Stream(keys, values, torch.tensor([-3, 40]), -3, *sinks)
         state, lengths = LinearState(torch.rand(2, 2, 16, 6)), torch.tensor([length, length - 7])
     found = {}
@@ -56,7 +72,8 @@ def test_behind_a_window_fast_is_slow(name: str, length: int, past: bool) -> Non
         if past:
             output = output * (torch.arange(length) < lengths[:, None])[:, None, :, None]
         loss = output.square().sum() + new.sums.square().mean()
-        found[backend] = [output, new.sums, *torch.autograd.grad(loss, [*leaves, *recurrence.parameters()])]
+        learned = [*leaves, *recurrence.parameters()]
+        found[backend] = [output, new.sums, *torch.autograd.grad(loss, learned, retain_graph=True)]
     for index, (actual, expected) in enumerate(zip(found["chunked"], found["reference"], strict=True)):
         assert relative(actual, expected) <= (2e-6 if index > 1 else 1e-6), index
 
@@ -68,19 +85,22 @@ def test_fast_is_slow(name: str, length: int, scale: float) -> None:
     torch.manual_seed(length)
     make = FEATURE_MAPS.get("softmax")
     maps = make(16, 6), make(16, 2)
-    recurrence = RECURRENCES.get(name)(16, 2, maps[1].feature_dim)
+    recurrence = shaken(name)
     leaves = [torch.randn(2, heads, length, dim) for heads, dim in ((6, 16), (2, 16), (2, 5))]
     leaves[1] = leaves[1] * scale
-    state = torch.rand(2, 2, 16, 6)
-    leaves = [x.requires_grad_() for x in (*leaves, state)]
+    leaves = [x.requires_grad_() for x in (*leaves, torch.rand(2, 2, 16, 6), torch.randn(2, length, 24))]
+    key = with_gates(recurrence, leaves[1], leaves[4])
     mask = torch.rand(2, length) > 0.2
     weight = torch.randn(2, 6, length, 5)
     options: dict[str, Any] = {"query_map": maps[0], "key_map": maps[1], "recurrence": recurrence, "padding_mask": mask}
     found = {}
     for backend in ("reference", "chunked", "recurrent"):
-        output, new = linear_attention(*leaves[:3], state=LinearState(leaves[3]), backend=backend, **options)
+        output, new = linear_attention(
+            leaves[0], key, leaves[2], state=LinearState(leaves[3]), backend=backend, **options
+        )
         loss = (output * weight).sum() + new.sums.square().mean()
-        found[backend] = [output, new.sums, *torch.autograd.grad(loss, [*leaves, *recurrence.parameters()])]
+        learned = [*leaves, *recurrence.parameters()]
+        found[backend] = [output, new.sums, *torch.autograd.grad(loss, learned, retain_graph=True)]
     for backend in ("chunked", "recurrent"):
         for index, (actual, expected) in enumerate(zip(found[backend], found["reference"], strict=True)):
             assert relative(actual, expected) <= (2e-6 if index > 1 else 1e-6), (backend, index)

@@ -11,8 +11,9 @@ NUM_KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 HEAD_DIM = ("qk_head_dim", "head_dim", "head_size", "attention_head_size")
 
 
-def head_counts(module: nn.Module, config: Any) -> tuple[int, int, int, int]:
-    """Return query heads H, key/value heads G, and the head dimensions D of queries and keys and V of values.
+def head_counts(module: nn.Module, config: Any) -> tuple[int, int, int, int, int]:
+    """Return query heads H, key/value heads G, the head dimensions D of queries and keys and V of values, and the size
+    of the layer's input.
 
     The module is asked before the config, since layers of a model may differ.
     """
@@ -23,7 +24,7 @@ def head_counts(module: nn.Module, config: Any) -> tuple[int, int, int, int]:
     else:
         kv_heads = _first(module, NUM_KV_HEADS) or getattr(config, "num_key_value_heads", None) or heads
     head_dim = _first(module, HEAD_DIM) or config.hidden_size // heads
-    return heads, kv_heads, head_dim, getattr(module, "v_head_dim", None) or head_dim
+    return heads, kv_heads, head_dim, getattr(module, "v_head_dim", None) or head_dim, config.hidden_size
 
 
 def _first(module: nn.Module, names: tuple[str, ...]) -> int | None:

@@ -19,12 +19,14 @@ MECHANISMS: Registry[type[Mechanism]] = Registry("mechanism")
 
 @dataclass(frozen=True)
 class HeadGeometry:
-    """Number of query heads H, of key/value heads G, and the head dimensions of queries and keys, D, and values, V."""
+    """Number of query heads H, of key/value heads G, the head dimensions of queries and keys, D, and values, V, and the
+    size of the layer's input, for mechanisms that read it."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
     value_dim: int
+    hidden_size: int | None = None
 
     def softmax_flops(self, num_keys: int) -> int:
         """Return the floating-point operations of one query's softmax attention over `num_keys` keys."""
@@ -64,7 +66,8 @@ class Mechanism(nn.Module):
     a model; its state lives in the cache.
 
     A mechanism may ask for queries and keys as they were before rotary (`before_rotary`). They then stand behind the
-    others in the last dimension, `[..., 2D]`, in all its calls and in its state.
+    others in the last dimension, `[..., 2D]`, in all its calls and in its state. Or it may read the layer's input
+    (`num_gates`): what it made of it stands behind the keys, `[..., D or 2D, then E]`.
 
     Args:
         config: The options.
@@ -72,12 +75,18 @@ class Mechanism(nn.Module):
     """
 
     before_rotary = False
+    num_gates = 0  # E
     undo_rotary: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None  # set where a layer rotates
 
     def __init__(self, config: MechanismConfig, geometry: HeadGeometry) -> None:
         super().__init__()
         self.options = config  # not `config`: outside code takes a module's `config` for the model's
         self.geometry = geometry
+
+    @property
+    def key_width(self) -> int:
+        """Size of the last dimension of keys in `attend` and in states."""
+        return self.geometry.head_dim * (2 if self.before_rotary else 1) + self.num_gates
 
     def attend(
         self, state: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
@@ -89,6 +98,10 @@ class Mechanism(nn.Module):
             query: `[B, H, T, D]`; key `[B, G, T, D]`; value `[B, G, T, V]`, all of one dtype.
             call: Scale, real tokens of each row, and whether the state may be overwritten.
         """
+        raise NotImplementedError
+
+    def read_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return what the mechanism wants to know of the layer's input `[B, T, ·]`: `[B, G, T, E]`."""
         raise NotImplementedError
 
     def num_visible(self, context_length: int) -> int:
@@ -125,6 +138,7 @@ class Mechanism(nn.Module):
         cache_layer: EffAttnCacheLayer | None = None,
         dropout: float = 0.0,
         before_rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        gates: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Compute the output `[B, H, T, V]`.
 
@@ -136,11 +150,15 @@ class Mechanism(nn.Module):
             cache_layer: Where the state lives; None for a call without past and future.
             dropout: Probability with which softmax weights are dropped; linear attention has none.
             before_rotary: Query and key before rotary, for mechanisms that ask for them.
+            gates: What `read_hidden` returned, for mechanisms that read the layer's input.
         """
         self.geometry.check(query, key, value)
         if self.before_rotary:
             assert before_rotary is not None
             query, key = (torch.cat(pair, dim=-1) for pair in zip((query, key), before_rotary, strict=True))
+        if self.num_gates:
+            assert gates is not None
+            key = torch.cat((key, gates.to(key.dtype)), dim=-1)
         call = Call(scale, dropout=dropout, keep_state=cache_layer is not None and not cache_layer.record_past)
         if cache_layer is not None:
             return self._attend_cached(query, key, value, segments, cache_layer, call)
@@ -189,18 +207,20 @@ class Mechanism(nn.Module):
     def _advance(self, state: Any, tokens: Pending, scale: float) -> Any:
         """Return the state after `tokens`, whose outputs were computed before."""
         key, value, mask = tokens
-        if self.before_rotary and key.shape[3] == self.geometry.head_dim:  # keys of a softmax layer, or of a prefix
-            if self.undo_rotary is not None:
+        if key.shape[3] < self.key_width:  # keys of a softmax layer, or of a prefix
+            if self.num_gates or self.undo_rotary is not None:
                 raise ValueError(
                     "the cache was filled by softmax attention or a learned prefix, with keys after rotary only; "
-                    f"{self.describe()} needs them before rotary too. Start with a new cache after converting"
+                    f"{self.describe()} needs {'the hidden states' if self.num_gates else 'them before rotary'} too. "
+                    "Start with a new cache after converting"
                 )
             key = torch.cat((key, key), dim=-1)
         call = Call(scale)
         if mask is not None:
             rows = ragged.front(mask)
             key, value, call = rows.gather(key), rows.gather(value), call._replace(lengths=rows.lengths)
-        query = key.new_zeros(key.shape[0], self.geometry.num_heads, *key.shape[2:])
+        width = self.key_width - self.num_gates
+        query = key.new_zeros(key.shape[0], self.geometry.num_heads, key.shape[2], width)
         return self.attend(state, query, key, value, call)[1]
 
 

@@ -11,7 +11,7 @@ from ..cache import KeyValueState, KeyValueStore
 from ..config import JOINS, LinearConfig
 from ..notation import may_overwrite
 from ..ops.hybrid import HybridOptions, hybrid_attention, step
-from ..ops.linear import LinearState, Plan, recurrent
+from ..ops.linear import LinearState, recurrent
 from ..patterns import Retention
 from .base import MECHANISMS, Call, HeadGeometry
 from .linear import LinearAttention
@@ -61,8 +61,9 @@ class HybridAttention(LinearAttention):
 
     def cache_bytes(self, context_length: int, dtype: torch.dtype) -> int:
         g = self.geometry
-        width = g.head_dim * (2 if self.before_rotary else 1)
-        return self._state_bytes() + self.store.nbytes(context_length, g.num_kv_heads, width, g.value_dim, dtype)
+        return self._state_bytes() + self.store.nbytes(
+            context_length, g.num_kv_heads, self.key_width, g.value_dim, dtype
+        )
 
     def reset_parameters(self) -> None:
         nn.init.constant_(self.bias, JOINS[self.options.join])
@@ -109,9 +110,9 @@ class HybridAttention(LinearAttention):
             old_key, old_value, valid = leaving
             at = self._positions(state.window, -self.options.window)
             marks = None if valid is None else valid[:, None]
-            plan = Plan(None, self.key_map, 1, None, at, marks, self.recurrence)
+            plan = self._options(call).plan(key_at=at, real=marks)
             in_place = call.in_place and may_overwrite(linear.sums)
-            linear = recurrent.step(plan.keys(old_key), old_value, linear, in_place, plan.log_decay(old_key))
+            linear = recurrent.step(plan.keys(old_key), old_value, linear, in_place, plan.gates(old_key))
         window = self.store.append(state.window, key, value, call.lengths, call.in_place)
         full = window.least - self.store.num_leading >= self.options.window
         visible = None if full else window.positions >= 0

@@ -10,7 +10,7 @@ from ..config import LinearConfig
 from ..feature_maps import FEATURE_MAPS
 from ..notation import may_overwrite
 from ..ops.linear import LinearState, Plan, empty_state, linear_attention, recurrent
-from ..recurrences import RECURRENCES, Recurrence
+from ..recurrences import RECURRENCES, Recurrence, RecurrenceShape
 from .base import MECHANISMS, Call, HeadGeometry, Mechanism
 
 
@@ -49,11 +49,17 @@ class LinearAttention(Mechanism):
         self.key_map = feature_map(geometry.head_dim, geometry.num_kv_heads, **config.map_options)
         self.recurrence: Recurrence | None = None
         if config.recurrence != "sum":
-            make = RECURRENCES.get(config.recurrence)
-            self.recurrence = make(geometry.head_dim, geometry.num_kv_heads, self.key_map.feature_dim)
+            g, features = geometry, self.key_map.feature_dim
+            shape = RecurrenceShape(g.num_heads, g.num_kv_heads, g.head_dim, features, g.hidden_size)
+            self.recurrence = RECURRENCES.get(config.recurrence)(shape)
+            self.num_gates = self.recurrence.num_gates
         self.before_rotary = self.key_map.before_rotary or (
             self.recurrence is not None and self.recurrence.before_rotary
         )
+
+    def read_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
+        assert self.recurrence is not None
+        return self.recurrence.read_hidden(hidden)
 
     def attend(
         self, state: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
@@ -84,7 +90,8 @@ class LinearAttention(Mechanism):
         heads = g.num_heads + g.num_kv_heads
         maps = g.num_heads * self.query_map.flops_per_token + g.num_kv_heads * self.key_map.flops_per_token
         softmax = g.softmax_flops(self.num_visible(context_length))
-        return 2 * heads * self.key_map.feature_dim * (g.value_dim + 1) + maps + softmax
+        gates = 0 if self.recurrence is None else self.recurrence.flops_per_token
+        return 2 * heads * self.key_map.feature_dim * (g.value_dim + 1) + maps + gates + softmax
 
     def backend(self) -> str:
         return "chunked" if self.options.backend == "auto" else self.options.backend

@@ -47,6 +47,7 @@ def effattn_attention(
     scaling: float | None = None,
     effattn_layer: EffAttnCacheLayer | None = None,
     effattn_rotary: Any = None,
+    effattn_gates: torch.Tensor | None = None,
     is_causal: bool | None = None,
     output_attentions: bool | None = None,
     **kwargs: Any,
@@ -58,6 +59,7 @@ def effattn_attention(
         attention_mask: None, segments, or one of transformers' masks; see `read_mask`.
         effattn_layer: The cache layer bound to this call; None without a cache.
         effattn_rotary: The angles by which queries and keys were rotated, where the mechanism asks for them.
+        effattn_gates: What the mechanism read from the layer's input, where it does.
 
     Returns:
         Output `[B, T, H, V]`, contiguous, and the attention weights `[B, H, T, T]` if they are asked for and there is
@@ -98,6 +100,7 @@ def effattn_attention(
         segments=segments,
         dropout=dropout,
         before_rotary=before,
+        gates=effattn_gates,
     )
     weights = None
     with torch.autocast(query.device.type, enabled=False):

@@ -73,10 +73,14 @@ def remove_hook(module: nn.Module, hook: Any) -> None:
 def bind_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Forward pre-hook: find the cache among the arguments and pass this layer's part on to the attention function.
 
-    Where the mechanism needs queries and keys before rotary, it gets the angles too.
+    Where the mechanism needs queries and keys before rotary, it gets the angles too; where it reads the layer's input,
+    what it read.
     """
     if module.effattn.undo_rotary is not None:  # type: ignore[union-attr]
         kwargs = {**kwargs, "effattn_rotary": _angles(kwargs)}
+    if module.effattn.num_gates:  # type: ignore[union-attr]
+        hidden = args[0] if args else kwargs["hidden_states"]
+        kwargs = {**kwargs, "effattn_gates": module.effattn.read_hidden(hidden)}  # type: ignore[union-attr,operator]
     cache = kwargs.get(module.effattn.cache_argument)  # type: ignore[union-attr,arg-type]
     if cache is None:
         return args, kwargs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -17,36 +17,97 @@ PER_FEATURE_CHUNK = 16
 RECURRENCES: Registry[type[Recurrence]] = Registry("recurrence")
 
 
+class Gates(NamedTuple):
+    """What each token does to the state before it enters it.
+
+    Args:
+        log_decay: `log α` `[B, G, T, 1 or F]`, at most 0; None without decay.
+        strength: β `[B, G, T, 1]` of the delta rule, between 0 and 1; None for a sum.
+    """
+
+    log_decay: torch.Tensor | None = None
+    strength: torch.Tensor | None = None
+
+
+class RecurrenceShape(NamedTuple):
+    """Sizes a recurrence is made for.
+
+    Args:
+        num_heads: H, query heads; num_kv_heads: G, key/value heads.
+        head_dim: D, of the keys; feature_dim: F, of the features.
+        hidden_size: Of the layer's input; None where there is none to read gates from.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    feature_dim: int
+    hidden_size: int | None = None
+
+
 class Recurrence(nn.Module):
     """How the state of linear attention goes from one token to the next: `S_t = α_t ∘ S_{t-1} + φ(k_t) [v_t, 1]ᵀ`.
 
     The decay α belongs to a key/value head, and either to the head as a whole or to each of its features. Numerator and
     denominator decay together: the output stays a weighted mean of values, and with α = 1 nothing changes.
 
+    With the *delta rule* a token first takes away what its key recalls: the part of the state that holds values becomes
+    `S_t = α_t S_{t-1} + φ(k_t) β_t (v_t − α_t S_{t-1}ᵀ φ(k_t))ᵀ` for features of length 1. The last column stays the
+    decaying sum of the features, which weighs the linear past behind a window; the output is `S_tᵀ φ(q_t)` itself.
+
     Args:
-        head_dim: D, the size of the keys.
-        num_heads: G, key/value heads.
-        feature_dim: F, the size of the features.
+        shape: Heads and dimensions.
     """
 
     before_rotary: ClassVar[bool] = False  # whether decays come from keys as they were before rotary
     per_feature: ClassVar[bool] = False  # whether each feature has a decay of its own
+    delta: ClassVar[bool] = False  # whether it follows the delta rule
+    num_gates: ClassVar[int] = 0  # numbers that `gates` makes of the layer's input for each token and key/value head
 
-    def __init__(self, head_dim: int, num_heads: int, feature_dim: int) -> None:
+    def __init__(self, shape: RecurrenceShape) -> None:
         super().__init__()
-        self.head_dim = head_dim
-        self.num_heads = num_heads
-        self.feature_dim = feature_dim
+        self.shape = shape
 
-    def log_decay(self, key: torch.Tensor) -> torch.Tensor:
-        """Return `log α` `[B, G, T, 1 or F]`, float32 and at most 0, for keys `[B, G, T, D]` in float32."""
+    def read_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the `num_gates` numbers E that gates are made of, `[B, G, T, E]`, for the layer's input `[B, T, ·]`.
+
+        They stand behind the token's key in the last dimension, wherever the key goes.
+        """
         raise NotImplementedError
 
-    def forward(self, key: torch.Tensor) -> torch.Tensor:
-        """Return `log α` for keys `[B, G, T, D]` of any dtype, or `[B, G, T, 2D]` with those before rotary behind."""
-        part = rotary_half(key, self.head_dim, self.before_rotary)
-        decay = self.log_decay(part if part.dtype == torch.float64 else part.float())
-        return decay.clamp(min=LEAST)
+    def log_decay(self, key: torch.Tensor, read: torch.Tensor) -> torch.Tensor | None:
+        """Return `log α` `[B, G, T, 1 or F]`; None without decay.
+
+        Args:
+            key: `[B, G, T, D]`, float32; read: what `read_hidden` returned, float32.
+        """
+        return None
+
+    def strength(self, read: torch.Tensor) -> torch.Tensor | None:
+        """Return β `[B, G, T, 1]`; None without delta rule."""
+        return None
+
+    def forward(self, key: torch.Tensor) -> Gates:
+        """Return the gates of keys `[B, G, T, D]` of any dtype, or `[B, G, T, 2D]` with those before rotary behind;
+        with what `read_hidden` returned behind either."""
+        wide = key if key.dtype == torch.float64 else key.float()
+        own = self.without_gates(wide)
+        read = wide[..., own.shape[-1] :]
+        decay = self.log_decay(rotary_half(own, self.shape.head_dim, self.before_rotary), read)
+        return Gates(None if decay is None else decay.clamp(min=LEAST), self.strength(read))
+
+    def without_gates(self, key: torch.Tensor) -> torch.Tensor:
+        """Return keys without what stands behind them for the gates."""
+        return key[..., : key.shape[-1] - self.num_gates] if self.num_gates else key
+
+    def output(self, numerator: torch.Tensor) -> torch.Tensor:
+        """Return the output of a delta rule, from `S_tᵀ φ(q_t)` `[·, G, R·C, V]`."""
+        raise NotImplementedError
+
+    @property
+    def flops_per_token(self) -> int:
+        """Floating-point operations of one token, all heads together, beyond those of a sum."""
+        return 2 * self.shape.num_kv_heads * self.num_gates * (self.shape.hidden_size or 0)
 
     def chunk_size(self, wanted: int) -> int:
         """Return how many tokens a chunk may have."""
@@ -54,3 +115,8 @@ class Recurrence(nn.Module):
 
     def reset_parameters(self) -> None:
         """Set learned parameters to their documented start."""
+
+    def _hidden_size(self) -> int:
+        if self.shape.hidden_size is None:
+            raise ValueError(f"{type(self).__name__} reads its gates from the layer's input; give its hidden_size")
+        return self.shape.hidden_size

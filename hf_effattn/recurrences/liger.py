@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from .base import RECURRENCES, Recurrence
+from .base import RECURRENCES, Recurrence, RecurrenceShape
 
 
 @RECURRENCES.register("liger")
@@ -19,13 +19,13 @@ class Liger(Recurrence):
     before_rotary = True
     per_feature = True
 
-    def __init__(self, head_dim: int, num_heads: int, feature_dim: int) -> None:
-        super().__init__(head_dim, num_heads, feature_dim)
-        if feature_dim != head_dim:
+    def __init__(self, shape: RecurrenceShape) -> None:
+        super().__init__(shape)
+        if shape.feature_dim != shape.head_dim:
             raise ValueError(
-                f"recurrence 'liger' gates each dimension of the key, so it needs a feature map with {head_dim} "
-                f"features, such as 'softmax', 'elu' or 'relu'; this one has {feature_dim}"
+                f"recurrence 'liger' gates each dimension of the key, so it needs a feature map with {shape.head_dim} "
+                f"features, such as 'softmax', 'elu' or 'relu'; this one has {shape.feature_dim}"
             )
 
-    def log_decay(self, key: torch.Tensor) -> torch.Tensor:
+    def log_decay(self, key: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
         return functional.logsigmoid(key) / 16

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .base import RECURRENCES, Recurrence
+from .base import RECURRENCES, Recurrence, RecurrenceShape
 
 
 @RECURRENCES.register("retnet")
@@ -18,14 +18,14 @@ class RetNet(Recurrence):
 
     rates: torch.Tensor
 
-    def __init__(self, head_dim: int, num_heads: int, feature_dim: int) -> None:
-        super().__init__(head_dim, num_heads, feature_dim)
-        self.register_buffer("rates", torch.empty(num_heads))
+    def __init__(self, shape: RecurrenceShape) -> None:
+        super().__init__(shape)
+        self.register_buffer("rates", torch.empty(shape.num_kv_heads))
         self.reset_parameters()
 
-    def log_decay(self, key: torch.Tensor) -> torch.Tensor:
+    def log_decay(self, key: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
         return self.rates.to(key.dtype)[None, :, None, None].expand(key.shape[0], -1, key.shape[2], 1)
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
-            self.rates.copy_(torch.log1p(-(2.0 ** (-5.0 - torch.arange(self.num_heads)))))
+            self.rates.copy_(torch.log1p(-(2.0 ** (-5.0 - torch.arange(self.shape.num_kv_heads)))))

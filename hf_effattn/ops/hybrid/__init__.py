@@ -49,14 +49,15 @@ def hybrid_attention(
     Raises:
         ValueError: if shapes do not fit together, or for an unknown backend.
     """
-    check_heads(query, stream.key, stream.value, "D")
+    recurrence = options.recurrence
+    check_heads(query, stream.key if recurrence is None else recurrence.without_gates(stream.key), stream.value, "D")
     past = stream.key.shape[2] - query.shape[2]
     if past not in (0, options.window):
         raise ValueError(
             f"the stream must begin 0 or window = {options.window} keys before the first query; got {past}"
         )
-    if options.recurrence is not None:
-        options = options._replace(chunk_size=options.recurrence.chunk_size(options.chunk_size))
+    if recurrence is not None:
+        options = options._replace(chunk_size=recurrence.chunk_size(options.chunk_size))
     backend = "chunked" if backend == "auto" else backend
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; valid: auto, {', '.join(BACKENDS)}")

@@ -14,11 +14,11 @@ from ...notation import compute_dtype
 from ..collector import Collector
 from ..folding import fold, unfold
 from ..linear import LinearOutput, LinearState
-from ..linear.plan import Plan
-from ..linear.segment import attend, fold_segment, segments, states_before
+from ..linear.chunked import read_segment
+from ..linear.segment import fold_segment, segments
 from ..sparse.masked import attend_causal
 from ..stream import Stream
-from .merge import linear_logit, linear_value
+from .merge import linear_logit
 from .options import HybridOptions
 
 
@@ -43,18 +43,14 @@ def hybrid_attention(
         real = None if plain else stream.positions(low, low + options.window + length) >= options.num_sinks
         q = query[:, :, start:end]
         tokens_at = stream.positions(low, past + end) if options.uses_positions else None
-        plan = Plan(
-            options.query_map,
-            options.key_map,
-            chunk,
+        plan = options.plan(
             None if tokens_at is None else tokens_at[:, options.window :],
             None if tokens_at is None else tokens_at[:, : end - start],
             _arrived(real, lengths, start, end - start),
-            options.recurrence,
         )
         segment = fold_segment(q, key[:, :, : end - start], value[:, :, : end - start], plan)
-        before, carry = states_before(segment, carry)
-        far = attend(segment, before).to(carry.dtype)
+        far, carry = read_segment(segment, carry)
+        far = far.to(carry.dtype)
         folded = fold(options.scored(q).to(dtype), chunk).view(*far.shape[:3], -1)
         output = _join(folded, options.scored(key).to(dtype), value.to(dtype), far, stream, real, past + start, options)
         collector.add(unfold(output.view(-1, heads, chunk, output.shape[-1]), batch, end - start))
@@ -111,7 +107,7 @@ def _join(
     if sink_key.shape[2]:
         of_sinks = weights[..., span:-1].to(query.dtype).view(batch, -1, *weights.shape[1:3], sink_key.shape[2])
         output = output + torch.matmul(of_sinks, sink_value.to(query.dtype)[:, None]).view(output.shape)
-    return output + weights[..., -1:] * linear_value(far[..., :-1], far[..., -1:])
+    return output + weights[..., -1:] * options.linear_value(far)
 
 
 def _hide(scores: torch.Tensor, batch: int, real: torch.Tensor | None, options: HybridOptions) -> torch.Tensor:

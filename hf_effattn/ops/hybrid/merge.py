@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-NOTHING = 1e-30  # a linear denominator up to this means: no past, or none that resembles the query
+from .options import NOTHING
 
 
 def linear_logit(denominator: torch.Tensor, bias: torch.Tensor, scores: torch.Tensor, join: str) -> torch.Tensor:
@@ -26,8 +26,3 @@ def linear_logit(denominator: torch.Tensor, bias: torch.Tensor, scores: torch.Te
     logit = denominator.clamp(min=NOTHING).log()
     logit = logit + bias if join == "log" else logit + scores.amax(dim=-1, keepdim=True) - functional.logsigmoid(bias)
     return logit.masked_fill(denominator <= NOTHING, -torch.inf)
-
-
-def linear_value(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
-    """Return `o_lin`, the output of the linear part by itself: numerator `[..., V]` over denominator `[..., 1]`."""
-    return numerator / denominator.clamp(min=NOTHING)

@@ -9,6 +9,9 @@ import torch
 from ...feature_maps import FeatureMap
 from ...notation import rotary_half
 from ...recurrences import Recurrence
+from ..linear.plan import Plan
+
+NOTHING = 1e-30  # a linear denominator up to this means: no past, or none that resembles the query
 
 
 class HybridOptions(NamedTuple):
@@ -23,7 +26,7 @@ class HybridOptions(NamedTuple):
         scale: Factor of the softmax scores, usually 1/√D.
         chunk_size: Tokens of one chunk of the parallel form.
         join: How window and linear past are weighed, "log" or "lolcats" (see `linear_logit`).
-        recurrence: How the linear state decays; None if it does not.
+        recurrence: How the linear state goes from token to token; None for a plain sum.
     """
 
     query_map: FeatureMap
@@ -39,6 +42,25 @@ class HybridOptions(NamedTuple):
     def scored(self, x: torch.Tensor) -> torch.Tensor:
         """Return the part of queries or keys `[..., D or 2D]` that softmax attention is about: after rotary."""
         return rotary_half(x, self.query_map.head_dim, before=False)
+
+    def plan(
+        self,
+        query_at: torch.Tensor | None = None,
+        key_at: torch.Tensor | None = None,
+        real: torch.Tensor | None = None,
+    ) -> Plan:
+        """Return the plan of the linear part for tokens at these positions."""
+        return Plan(self.query_map, self.key_map, self.chunk_size, query_at, key_at, real, self.recurrence)
+
+    def linear_value(self, sums: torch.Tensor) -> torch.Tensor:
+        """Return `o_lin` `[·, G, R·C, V]`, the output of the linear part by itself.
+
+        Args:
+            sums: What queries read from the state: numerators and denominators `[·, G, R·C, V+1]`.
+        """
+        if self.recurrence is not None and self.recurrence.delta:
+            return self.recurrence.output(sums[..., :-1])
+        return sums[..., :-1] / sums[..., -1:].clamp(min=NOTHING)
 
     @property
     def uses_positions(self) -> bool:

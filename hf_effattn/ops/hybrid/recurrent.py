@@ -7,7 +7,7 @@ import torch
 from ...notation import compute_dtype
 from ..linear import LinearState
 from ..linear.recurrent import read
-from .merge import linear_logit, linear_value
+from .merge import linear_logit
 from .options import HybridOptions
 
 
@@ -38,9 +38,9 @@ def step(
     scores = torch.matmul(q.to(dtype), k.transpose(2, 3)).to(wide) * options.scale  # [B, G, R, S]
     if visible is not None:
         scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
-    numerator, denominator = read(options.query_map(query, position), state)
-    logit = linear_logit(denominator, options.bias.to(wide).view(kv_heads, -1, 1), scores, options.join)
+    sums = read(options.plan(query_at=position).queries(query), state)
+    logit = linear_logit(sums[..., -1:], options.bias.to(wide).view(kv_heads, -1, 1), scores, options.join)
     weights = torch.cat((scores, logit), dim=-1).softmax(dim=-1)
     output = torch.matmul(weights[..., :-1].to(dtype), values.to(dtype)).to(wide)
-    output = output + weights[..., -1:] * linear_value(numerator, denominator)
+    output = output + weights[..., -1:] * options.linear_value(sums)
     return output.view(batch, heads, 1, -1).to(query.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..linear import LinearOutput, LinearState
+from ..linear.reference import advance, gates_at
 from ..stream import Stream
 from .options import HybridOptions
 
@@ -35,20 +36,23 @@ def hybrid_attention(
     peak = scores.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).min)
     softmax = (scores - peak).exp()
     places = positions[:, 0, 0]  # [B or 1, S]
-    query_features = options.query_map(query, places[:, past:]).double()
-    features = options.key_map(stream.key, places)
+    plan = options.plan(places[:, past:], places)
+    query_features, features = plan.queries(query).double(), plan.keys(stream.key)
     if options.recurrence is None:
         linear = torch.einsum("bhtf,bhsf->bhts", query_features, repeat(features)) * far
-        numerator = linear @ repeat(stream.value) + query_features @ repeat(state.kv)
-        denominator = linear.sum(-1, keepdim=True) + query_features @ repeat(state.normalizer)[..., None]
+        remembered = repeat(state.sums)
+        numerator = linear @ repeat(stream.value) + query_features @ remembered[..., :-1]
+        mass = linear.sum(-1, keepdim=True) + query_features @ remembered[..., -1:]
+        sums = torch.cat((numerator, mass), dim=-1)
     else:
-        states = _decaying(stream, state, features, options, tokens)  # [B, T+1, G, F, V+1]
-        read = torch.einsum("bhtf,bthfx->bhtx", query_features, states[:, 1:].repeat_interleave(groups, dim=2))
-        numerator, denominator = read[..., :-1], read[..., -1:]
+        states = _by_recurrence(stream, state, features, options, tokens)  # [B, T+1, G, F, V+1]
+        sums = torch.einsum("bhtf,bthfx->bhtx", query_features, states[:, 1:].repeat_interleave(groups, dim=2))
+    by_group = sums.unflatten(1, (-1, groups)).flatten(2, 3)  # [B, G, R·T, V+1]
+    far_value, mass = options.linear_value(by_group).view(*query.shape[:3], -1), sums[..., -1:]
     bias = options.bias.double()[:, None, None]
     near_weight, far_weight = (peak.exp(), bias.exp()) if options.join == "log" else (bias.sigmoid(), 1.0)
-    output = (softmax @ repeat(values)) * near_weight + numerator * far_weight
-    output = output / (softmax.sum(-1, keepdim=True) * near_weight + denominator * far_weight)
+    output = (softmax @ repeat(values)) * near_weight + far_value * mass * far_weight
+    output = output / (softmax.sum(-1, keepdim=True) * near_weight + mass * far_weight)
     if options.recurrence is None:
         return LinearOutput(output.to(query.dtype), _folded(stream, state, features, options, tokens, lengths))
     last = torch.full((query.shape[0],), tokens, device=query.device) if lengths is None else lengths
@@ -74,19 +78,18 @@ def _folded(
     return LinearState.of(kv, state.normalizer + k.sum(dim=2).to(state.kv.dtype))
 
 
-def _decaying(
+def _by_recurrence(
     stream: Stream, state: LinearState, features: torch.Tensor, options: HybridOptions, tokens: int
 ) -> torch.Tensor:
     """The joined states that each query sees, one token after the other, behind the state before: `[B, T+1, …]`."""
     assert options.recurrence is not None
     total = stream.key.shape[2]
-    real = (stream.positions(0, total) >= options.num_sinks).expand(features.shape[0], -1)[:, None, :, None]
-    k, decay = features.double() * real, options.recurrence(stream.key).double() * real
-    v = torch.cat((stream.value, torch.ones_like(stream.value[..., :1])), dim=-1).double()
-    sums = state.sums.double()
+    real = (stream.positions(0, total) >= options.num_sinks).expand(features.shape[0], -1)
+    gates, sums = options.plan(real=real).gates(stream.key), state.sums.double()
     found = [sums]
     for at in range(total - tokens - options.window, total - options.window):  # the key that leaves for each query
         if at >= 0:
-            sums = decay[:, :, at].exp()[..., None] * sums + torch.einsum("bgf,bgx->bgfx", k[:, :, at], v[:, :, at])
+            key = features[:, :, at] * real[:, None, at, None]
+            sums = advance(sums, key, stream.value[:, :, at], gates_at(gates, at))
         found.append(sums)
     return torch.stack(found, dim=1)

@@ -42,6 +42,7 @@ def linear_attention(
     Args:
         query: q `[B, H, T, D]`, any floating dtype; without `query_map` the features φ(q) `[B, H, T, F]`.
         key: k `[B, G, T, D]` or φ(k) `[B, G, T, F]`, H a multiple of G: consecutive query heads share a key/value head.
+            A recurrence may want more behind them (see `Recurrence.read_hidden`).
         value: v `[B, G, T, V]`.
         state: The state after the tokens before these; None for no past.
         padding_mask: Booleans `[B, T]`, True = keep. A padded token leaves the state as it was; its own output has no
@@ -49,7 +50,7 @@ def linear_attention(
         query_map: φ for queries; key_map: φ for keys. Both or none. The chunked backend maps segment by segment, so
             that features of a long text are never all there at once, and maps again on the way back.
         positions: Of the tokens `[B or 1, T]`, for maps that use them.
-        recurrence: How the state decays; None if it does not.
+        recurrence: How the state goes from token to token; None for this sum.
         chunk_size: Tokens of one chunk (default 64); changes speed and rounding only.
         backend: "reference", "chunked", "recurrent", or "auto" (recurrent for one token, else chunked).
 
@@ -60,7 +61,7 @@ def linear_attention(
         ValueError: if shapes do not fit together, or for an unknown backend.
         TypeError: if dtypes do not.
     """
-    check_heads(query, key, value, "F")
+    check_heads(query, key if recurrence is None else recurrence.without_gates(key), value, "F")
     batch, _, tokens, _ = query.shape
     chunk = chunk_size or CHUNK_SIZE
     if recurrence is not None:

@@ -11,9 +11,10 @@ from __future__ import annotations
 import torch
 
 from ..collector import Collector
-from . import gradient
+from ..folding import unfold
+from . import delta, gradient
 from .plan import Plan
-from .segment import attend, fold_segment, segments, states_before
+from .segment import Segment, attend, fold_segment, segments, states_before
 from .state import EPS, LinearOutput, LinearState
 
 
@@ -37,6 +38,24 @@ def in_segments(
     for start, end in segments(query, plan.chunk):
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
         segment = fold_segment(q, k, v, plan.part(start, end))
-        before, carry = states_before(segment, carry)
-        collector.add_quotient(attend(segment, before), EPS, plan.chunk, end - start)
+        sums, carry = read_segment(segment, carry)
+        if plan.is_delta:
+            output = plan.output(sums).view(-1, query.shape[1], plan.chunk, value.shape[-1])
+            collector.add(unfold(output, query.shape[0], end - start))
+        else:
+            collector.add_quotient(sums, EPS, plan.chunk, end - start)
     return LinearOutput(collector.result(), LinearState(carry))
+
+
+def read_segment(segment: Segment, carry: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the queries of a segment read, numerators and denominators `[B·N, G, R·C, V+1]`, and the state after
+    the segment `[B, G, F, V+1]`.
+
+    Args:
+        carry: The state before it.
+    """
+    if segment.strength is None:
+        before, carry = states_before(segment, carry)
+    else:
+        segment, before, carry = delta.states_before(segment, carry)
+    return attend(segment, before), carry

@@ -123,7 +123,7 @@ def _gradients_in_chunks(
     segment: Segment, g: torch.Tensor, carry: torch.Tensor, after: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return gradients of mapped queries and keys, of values, and of the state before the segment."""
-    q, k, v, _ = segment
+    q, k, v = segment[:3]
     before = states_before(segment, carry)[0].to(q.dtype)
     later, total = sums_after(torch.matmul(q.transpose(2, 3), g), after)
     later = later.to(q.dtype)

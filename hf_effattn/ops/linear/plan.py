@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.func import functional_call
+from torch.nn import functional
 
 from ...feature_maps import FeatureMap
-from ...recurrences import Recurrence
+from ...recurrences import Gates, Recurrence
+from .state import EPS
 
 Arrange = Callable[[torch.Tensor], torch.Tensor]
 
@@ -24,7 +26,7 @@ class Plan(NamedTuple):
         query_at: Positions of the queries `[B or 1, T]`, for maps that use them.
         key_at: Positions of the keys, likewise.
         real: Which keys there are `[B or 1, T]`, booleans; None for all.
-        recurrence: How the state decays; None if it does not.
+        recurrence: How the state goes from token to token; None for a plain sum.
     """
 
     query_map: FeatureMap | None = None
@@ -37,23 +39,46 @@ class Plan(NamedTuple):
 
     def queries(self, x: torch.Tensor, arrange: Arrange | None = None) -> torch.Tensor:
         """Map queries `[B, H, T, D]` to features, rearranged in between as marks of this plan already are."""
-        return _features(x, self.query_map, self.query_at, arrange)
+        return self._unit(_features(x, self.query_map, self.query_at, arrange))
 
     def keys(self, x: torch.Tensor, arrange: Arrange | None = None) -> torch.Tensor:
         """Map keys `[B, G, T, D]` to features, zero where there is no key."""
-        x = _features(x, self.key_map, self.key_at, arrange)
+        x = x if self.recurrence is None else self.recurrence.without_gates(x)
+        x = self._unit(_features(x, self.key_map, self.key_at, arrange))
         return x if self.real is None else x * self.real[:, None, :, None].to(x.dtype)
 
-    def log_decay(self, x: torch.Tensor, arrange: Arrange | None = None) -> torch.Tensor | None:
-        """Return `log α` `[B, G, T, 1 or F]` of keys `[B, G, T, D]`, zero where there is no key; None without decay."""
+    def gates(self, x: torch.Tensor, arrange: Arrange | None = None) -> Gates:
+        """Return the gates of keys `[B, G, T, ·]`: where there is no key, there is no decay."""
         if self.recurrence is None:
-            return None
-        decay = self.recurrence(x)
-        decay = decay if arrange is None else arrange(decay)
-        return decay if self.real is None else decay * self.real[:, None, :, None].to(decay.dtype)
+            return Gates()
+        decay, strength = self.recurrence(x)
+        if arrange is not None:
+            decay, strength = (None if gate is None else arrange(gate) for gate in (decay, strength))
+        if decay is not None and self.real is not None:
+            decay = decay * self.real[:, None, :, None].to(decay.dtype)
+        return Gates(decay, strength)
+
+    def output(self, sums: torch.Tensor) -> torch.Tensor:
+        """Return the output `[·, G, R·C, V]` of what queries read from the state, `[·, G, R·C, V+1]`."""
+        if self.is_delta:
+            assert self.recurrence is not None
+            return self.recurrence.output(sums[..., :-1])
+        return sums[..., :-1] / sums[..., -1:].clamp(min=EPS)
+
+    @property
+    def is_delta(self) -> bool:
+        return self.recurrence is not None and self.recurrence.delta
+
+    def _unit(self, features: torch.Tensor) -> torch.Tensor:
+        """Features as the recurrence wants them: those of a delta rule have length 1, and are float32."""
+        if not self.is_delta:
+            return features
+        return functional.normalize(features if features.dtype == torch.float64 else features.float(), dim=-1)
 
     def feature_dim(self, key: torch.Tensor) -> int:
-        return key.shape[-1] if self.key_map is None else self.key_map.feature_dim
+        if self.key_map is not None:
+            return self.key_map.feature_dim
+        return (key if self.recurrence is None else self.recurrence.without_gates(key)).shape[-1]
 
     def part(self, start: int, end: int) -> Plan:
         """Return the plan of tokens `start..end` alone."""

@@ -8,12 +8,37 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from ...notation import compute_dtype
+from ...notation import compute_dtype, state_dtype
 from ..folding import fold, fold_marks
 from .plan import Plan
 
 SEGMENT_BYTES = 2048  # of a number for each token of a segment: 512 tokens in float32, 1,024 in bfloat16
 CUDA_TOKENS = 16_384
+
+
+class Decay(NamedTuple):
+    """Logarithms of how far the state decays within a chunk. They are sums of numbers of one sign, never differences of
+    sums, so that strong decays keep their digits.
+
+    Args:
+        from_start: From the beginning of the chunk to each token, its own decay included, `[B·N, G, C, 1 or F]`.
+        to_end: From behind each token to the end of the chunk, likewise.
+        between: From behind each token (last dimension) to each later one, its own included, `[B·N, G, C, C]`; None if
+            features decay each by itself.
+    """
+
+    from_start: torch.Tensor
+    to_end: torch.Tensor
+    between: torch.Tensor | None
+
+    @classmethod
+    def of(cls, log_decay: torch.Tensor) -> Decay:
+        """Return the decays of tokens with `log α` `[B·N, G, C, 1 or F]`."""
+        later = functional.pad(log_decay[:, :, 1:], (0, 0, 0, 1))
+        between = None
+        if log_decay.shape[3] == 1:
+            between = log_decay.expand(-1, -1, -1, log_decay.shape[2]).tril(-1).cumsum(dim=2)
+        return cls(log_decay.cumsum(dim=2), later.flip(2).cumsum(dim=2).flip(2), between)
 
 
 class Segment(NamedTuple):
@@ -23,14 +48,15 @@ class Segment(NamedTuple):
         query: Features `[B·N, G, R·C, F]`, heads folded into rows, head-major.
         key: Features `[B·N, G, C, F]`, zero where there is no key.
         value: Values with a column of ones `[B·N, G, C, V+1]`.
-        decayed: `log` of how far the state decays from the beginning of the chunk to each token, its own decay
-            included, `[B·N, G, C, 1 or F]`; None without decay.
+        decay: How the state decays; None if it does not.
+        strength: β of a delta rule `[B·N, G, C, 1]`; None without.
     """
 
     query: torch.Tensor
     key: torch.Tensor
     value: torch.Tensor
-    decayed: torch.Tensor | None = None
+    decay: Decay | None = None
+    strength: torch.Tensor | None = None
 
 
 def segments(query: torch.Tensor, chunk: int, bytes_: int = SEGMENT_BYTES) -> list[tuple[int, int]]:
@@ -50,7 +76,8 @@ def segments(query: torch.Tensor, chunk: int, bytes_: int = SEGMENT_BYTES) -> li
 
 def fold_segment(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan) -> Segment:
     """Map and fold the tokens of one segment: query `[B, H, T, ·]`, key `[B, G, T, ·]`, value `[B, G, T, V]`."""
-    dtype, chunk, batch, tokens = compute_dtype(value.dtype), plan.chunk, key.shape[0], key.shape[2]
+    chunk, batch, tokens = plan.chunk, key.shape[0], key.shape[2]
+    dtype = state_dtype(value.dtype) if plan.is_delta else compute_dtype(value.dtype)
     real = plan.real
     if real is None and tokens % chunk:  # a map makes features of the zeros behind the last key
         real = torch.ones(1, tokens, dtype=torch.bool, device=key.device)
@@ -59,12 +86,13 @@ def fold_segment(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pl
     arrange = functools.partial(fold, chunk=chunk)
     q, k, v = folded.queries(query, arrange).to(dtype), folded.keys(key, arrange).to(dtype), arrange(value).to(dtype)
     rows = query.shape[1] // key.shape[1] * chunk
-    decay = folded.log_decay(key, arrange)
+    decay, strength = folded.gates(key, arrange)
     return Segment(
         q.view(q.shape[0], key.shape[1], rows, -1),
         k,
         functional.pad(v, (0, 1), value=1.0),
-        None if decay is None else decay.cumsum(dim=2),
+        None if decay is None else Decay.of(decay),
+        strength,
     )
 
 
@@ -74,27 +102,26 @@ def states_before(segment: Segment, carry: torch.Tensor) -> tuple[torch.Tensor, 
     Args:
         carry: The joined state before the segment `[B, G, F, V+1]`, float32.
     """
-    if segment.decayed is None:
+    if segment.decay is None:
         return _sums_before(torch.matmul(segment.key.transpose(2, 3), segment.value), carry)
-    last = segment.decayed[:, :, -1:]
-    remembered = segment.key * (last - segment.decayed).exp().to(segment.key.dtype)  # at the end of the chunk
+    remembered = segment.key * segment.decay.to_end.exp().to(segment.key.dtype)  # at the end of the chunk
     added = torch.matmul(remembered.transpose(2, 3), segment.value)
-    return _decaying_sums_before(added, last.exp().transpose(2, 3), carry)
+    return _decaying_sums_before(added, segment.decay.from_start[:, :, -1:].exp().transpose(2, 3), carry)
 
 
 def attend(segment: Segment, before: torch.Tensor) -> torch.Tensor:
     """Return numerators and denominators `[B·N, G, R·C, V+1]`: `tril(φQ φKᵀ) [V, 1] + φQ S`."""
-    query, key, decayed = segment.query, segment.key, segment.decayed
-    if decayed is None:
+    query, key, decay = segment.query, segment.key, segment.decay
+    if decay is None:
         weights = within_chunk(query, key)
     else:
-        rows = decayed.repeat(1, 1, query.shape[2] // key.shape[2], 1)  # [B·N, G, R·C, 1 or F]
-        if decayed.shape[3] == 1:
-            since = (rows - decayed.transpose(2, 3)).clamp(max=0.0)
-            weights = within_chunk(query, key) * since.exp().to(query.dtype)
+        groups = query.shape[2] // key.shape[2]
+        rows = decay.from_start.repeat(1, 1, groups, 1)  # [B·N, G, R·C, 1 or F]
+        if decay.between is not None:
+            weights = within_chunk(query, key) * decay.between.exp().to(query.dtype).repeat(1, 1, groups, 1)
         else:  # relative to the middle of the chunk, so that no exponential leaves float32
-            middle = decayed[:, :, decayed.shape[2] // 2, None]
-            late, early = ((x - y).exp().to(query.dtype) for x, y in ((rows, middle), (middle, decayed)))
+            middle = decay.from_start[:, :, key.shape[2] // 2, None]
+            late, early = ((x - y).exp().to(query.dtype) for x, y in ((rows, middle), (middle, decay.from_start)))
             weights = within_chunk(query * late, key * early)
         query = query * rows.exp().to(query.dtype)
     past = torch.matmul(query, before.to(query.dtype))
