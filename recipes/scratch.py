@@ -6,8 +6,10 @@ its own. Reads /proc: Linux only.
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from suites import sdpa
 
 from hf_effattn.ops.linear import chunked, gradient
 
+Run = Callable[[], list[torch.Tensor]]
 AUTOGRAD = ", plain autograd"  # appended to a layer's name: without the backward pass of its own
 
 
@@ -25,34 +28,39 @@ def resident(key: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def prefill(bench: Bench, name: str, length: int) -> list[torch.Tensor]:
-    """Return what is not to be counted: the output."""
+def prefill(bench: Bench, name: str, length: int) -> Run:
+    """One prompt; what it returns, the output, is not to be counted."""
     layer, tensors = bench.mechanism(name), bench.inputs(length)
-    start()
-    with torch.inference_mode():
-        return [layer(*tensors, scale=bench.scale)]
+
+    def run() -> list[torch.Tensor]:
+        with torch.inference_mode():
+            return [layer(*tensors, scale=bench.scale)]
+
+    return run
 
 
-def train(bench: Bench, name: str, length: int) -> list[torch.Tensor]:
+def train(bench: Bench, name: str, length: int) -> Run:
     """Forward and backward; the output and the gradients of the inputs count."""
     tensors = [x.requires_grad_() for x in bench.inputs(length)]
     gradient = torch.ones(tensors[0].shape, dtype=bench.dtype)
-    learned: list[torch.Tensor] = []
-    function = sdpa
+    function, learned = sdpa, []
     if name != "dense SDPA":
         layer = bench.mechanism(name.removesuffix(AUTOGRAD))
-        learned = list(layer.parameters())
-        function = lambda *x: layer(*x, scale=bench.scale)  # noqa: E731
-    start()
-    output = function(*tensors)
-    torch.autograd.grad(output, [*tensors, *learned], gradient)
-    return []
+        function, learned = functools.partial(layer, scale=bench.scale), list(layer.parameters())
+
+    def run() -> list[torch.Tensor]:
+        torch.autograd.grad(function(*tensors), [*tensors, *learned], gradient)
+        return []
+
+    return run
 
 
-def start() -> None:
-    global before
+def scratch(run: Run) -> int:
+    """Return the bytes that a run needs at its peak beyond what was there before, outputs not counted."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = resident("VmRSS")
+    outputs = run()
+    return max(resident("VmHWM") - before - sum(x.nbytes for x in outputs), 0)
 
 
 def measured(what: str, name: str, length: int, dtype: str) -> int:
@@ -64,10 +72,8 @@ def measured(what: str, name: str, length: int, dtype: str) -> int:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     what, name, length, dtype = sys.argv[1:]
-    bench, before = Bench(dtype=getattr(torch, dtype)), 0
-    run = {"prefill": prefill, "train": train}[what]
+    bench, prepare = Bench(dtype=getattr(torch, dtype)), {"prefill": prefill, "train": train}[what]
     if name.endswith(AUTOGRAD):
         gradient.linear_attention = chunked.in_segments
-    run(bench, name, 4096)  # libraries allocate their own buffers once
-    outputs = run(bench, name, int(length))
-    print(max(resident("VmHWM") - before - sum(x.nbytes for x in outputs), 0))
+    prepare(bench, name, 4096)()  # libraries allocate their own buffers once
+    print(scratch(prepare(bench, name, int(length))))

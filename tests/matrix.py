@@ -100,10 +100,10 @@ DEFAULTS = [
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama-gqa": {"model_type": "llama"},
-    "llama-mha": {"model_type": "llama", "num_key_value_heads": 4},
     "gpt2": {"model_type": "gpt2"},
 }
-"""The models of the whole matrix; `test_families` takes every family through the laws with the default cases."""
+"""The models of the whole matrix: shared key/value heads and rotary positions, and neither. `test_families` takes every
+family through the laws with the default cases."""
 
 
 def tiny_config(model: str, **changes: Any) -> Any:

@@ -42,7 +42,7 @@ def remembered(o: HybridOptions) -> LinearState:
 
 
 @every_map
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(
     length=st.integers(1, 150) | st.just(1100),
     window=st.integers(1, 40),

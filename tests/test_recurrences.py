@@ -49,7 +49,7 @@ def test_each_recurrence_names_its_paper_and_is_in_the_readme(name: str) -> None
 
 
 @pytest.mark.parametrize("past", [False, True])
-@pytest.mark.parametrize("length", [40, 130, 600])
+@pytest.mark.parametrize("length", [40, 300])
 @every_recurrence
 def test_behind_a_window_fast_is_slow(name: str, length: int, past: bool) -> None:
     torch.manual_seed(length)
@@ -79,7 +79,7 @@ def test_behind_a_window_fast_is_slow(name: str, length: int, past: bool) -> Non
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0])
-@pytest.mark.parametrize("length", [1, 40, 130, 1100])
+@pytest.mark.parametrize("length", [1, 40, 600])
 @every_recurrence
 def test_fast_is_slow(name: str, length: int, scale: float) -> None:
     torch.manual_seed(length)

@@ -11,57 +11,90 @@ import torch
 from torch.nn import functional
 
 from ...notation import compute_dtype
-from ..collector import Collector
+from ..blocks import Blocks, Tensors, in_blocks
 from ..folding import fold, unfold
 from ..linear import LinearOutput, LinearState
 from ..linear.chunked import read_segment
-from ..linear.segment import fold_segment, segments
+from ..linear.segment import SEGMENT_BYTES, fold_segment, segments
 from ..sparse.masked import attend_causal
 from ..stream import Stream
 from .merge import linear_logit
 from .options import HybridOptions
+
+Computed = tuple[torch.Tensor, torch.Tensor]  # output and state
+LEARNING_BYTES = 1024  # as SEGMENT_BYTES, but the backward pass needs more for each token than the forward pass
 
 
 def hybrid_attention(
     query: torch.Tensor, stream: Stream, state: LinearState, options: HybridOptions, lengths: torch.Tensor | None
 ) -> LinearOutput:
     """Compute segment by segment; arguments as in `hf_effattn.ops.hybrid.hybrid_attention`."""
-    batch, heads, tokens, _ = query.shape
-    chunk = options.chunk_size
+    tokens, chunk = query.shape[2], options.chunk_size
     past = stream.key.shape[2] - tokens
     if past == 0 and tokens <= options.window:  # nothing has left the window yet: softmax attention, exactly
         plain_query, plain_key = options.scored(query), options.scored(stream.key)
         return LinearOutput(attend_causal(plain_query, plain_key, stream.value, options.scale), state)
-    dtype = compute_dtype(query.dtype)
-    collector = Collector(query, stream.value.shape[-1])
-    carry = state.sums
-    for start, end in segments(query, chunk):
-        length = -(-(end - start) // chunk) * chunk
-        low = past + start - options.window  # stream index of the first query's far key
-        key, value = (_take(x, low, past + end, options.window + length) for x in (stream.key, stream.value))
-        plain = stream.least + low >= options.num_sinks
-        real = None if plain else stream.positions(low, low + options.window + length) >= options.num_sinks
-        q = query[:, :, start:end]
-        tokens_at = stream.positions(low, past + end) if options.uses_positions else None
-        plan = options.plan(
-            None if tokens_at is None else tokens_at[:, options.window :],
-            None if tokens_at is None else tokens_at[:, : end - start],
-            _arrived(real, lengths, start, end - start),
-        )
-        segment = fold_segment(q, key[:, :, : end - start], value[:, :, : end - start], plan)
-        far, carry = read_segment(segment, carry)
-        far = far.to(carry.dtype)
-        folded = fold(options.scored(q).to(dtype), chunk).view(*far.shape[:3], -1)
-        output = _join(folded, options.scored(key).to(dtype), value.to(dtype), far, stream, real, past + start, options)
-        collector.add(unfold(output.view(-1, heads, chunk, output.shape[-1]), batch, end - start))
-    return LinearOutput(collector.result(), LinearState(carry))
+    learns = torch.is_grad_enabled()
+    cuts = segments(query, chunk, LEARNING_BYTES if learns else SEGMENT_BYTES)
+    ranges = []
+    for start, end in cuts:
+        keys = (max(past + start - options.window, 0), past + end)  # from the first query's far key on
+        ranges.append(((start, end), keys, keys))
+
+    def compute(block: int, carry: torch.Tensor | None, parts: Tensors, shared: Tensors) -> Computed:
+        assert carry is not None
+        own = stream._replace(sink_key=shared[0], sink_value=shared[1])
+        return _segment(cuts[block], carry, parts, own, options._replace(bias=shared[2]), lengths, past)
+
+    blocks = Blocks(compute, ranges, options.modules, stream.value.shape[-1])
+    shared = (*stream.sinks(options.num_sinks), options.bias)
+    output, carry = in_blocks(blocks, state.sums, (query, stream.key, stream.value), shared)
+    assert carry is not None
+    return LinearOutput(output, LinearState(carry))
 
 
-def _take(x: torch.Tensor, low: int, high: int, length: int) -> torch.Tensor:
-    """Entries low..high of `x` `[B, G, S, X]` with zeros before the first (low may be negative) and up to `length`."""
-    left, part = max(0, -low), x[:, :, max(0, low) : high]
-    right = length - left - part.shape[2]
-    return functional.pad(part, (0, 0, left, right)) if left or right else part
+def _segment(
+    cut: tuple[int, int],
+    carry: torch.Tensor,
+    parts: Tensors,
+    stream: Stream,
+    options: HybridOptions,
+    lengths: torch.Tensor | None,
+    past: int,
+) -> Computed:
+    """Return the output `[B, H, t, V]` of one segment and the linear state after it.
+
+    Args:
+        cut: Its first query, and the one behind its last.
+        carry: The linear state before it.
+        parts: Its queries, and its keys and values from one window before them on, as far as there are any.
+        stream: For sinks and positions.
+        past: Stream index of the first query of the text.
+    """
+    (start, end), (query, key, value), chunk = cut, parts, options.chunk_size
+    length, low, dtype = -(-(end - start) // chunk) * chunk, past + start - options.window, compute_dtype(query.dtype)
+    key, value = (_filled(x, max(0, -low), options.window + length) for x in (key, value))
+    plain = stream.least + low >= options.num_sinks
+    real = None if plain else stream.positions(low, low + options.window + length) >= options.num_sinks
+    tokens_at = stream.positions(low, past + end) if options.uses_positions else None
+    plan = options.plan(
+        None if tokens_at is None else tokens_at[:, options.window :],
+        None if tokens_at is None else tokens_at[:, : end - start],
+        _arrived(real, lengths, start, end - start),
+    )
+    segment = fold_segment(query, key[:, :, : end - start], value[:, :, : end - start], plan)
+    far, carry = read_segment(segment, carry)
+    far = far.to(carry.dtype)
+    folded = fold(options.scored(query).to(dtype), chunk).view(*far.shape[:3], -1)
+    output = _join(folded, options.scored(key).to(dtype), value.to(dtype), far, stream, real, past + start, options)
+    output = unfold(output.view(-1, query.shape[1], chunk, output.shape[-1]), query.shape[0], end - start)
+    return output.to(query.dtype), carry
+
+
+def _filled(x: torch.Tensor, left: int, length: int) -> torch.Tensor:
+    """x `[B, G, S, X]` with `left` zeros before it, and zeros behind it up to `length`."""
+    right = length - left - x.shape[2]
+    return functional.pad(x, (0, 0, left, right)) if left or right else x
 
 
 def _arrived(real: torch.Tensor | None, lengths: torch.Tensor | None, start: int, tokens: int) -> torch.Tensor | None:
@@ -93,50 +126,56 @@ def _join(
         real: Which keys are visible at all `[B or 1, window + N·C]`; None for all.
         first: Stream index of the first query.
     """
-    span, batch = options.window + options.chunk_size, key.shape[0]
-    keys, values = (x.unfold(2, span, options.chunk_size).transpose(1, 2).flatten(0, 1) for x in (key, value))
-    scores = torch.matmul(query, keys).to(far.dtype) * options.scale  # keys are [B·N, G, D, W+C]
-    scores = _hide(scores, batch, real, options)
     sink_key, sink_value = stream.sinks(options.num_sinks)
-    if sink_key.shape[2]:
-        scores = torch.cat((scores, _sink_scores(query, sink_key, stream, first, options).to(far.dtype)), dim=-1)
-    bias = _folded_bias(options, query.shape[1], far.dtype)
-    logit = linear_logit(far[..., -1:], bias, scores, options.join)
-    weights = torch.cat((scores, logit), dim=-1).softmax(dim=-1)
-    output = torch.matmul(weights[..., :span].to(query.dtype), values.transpose(2, 3)).to(far.dtype)
-    if sink_key.shape[2]:
-        of_sinks = weights[..., span:-1].to(query.dtype).view(batch, -1, *weights.shape[1:3], sink_key.shape[2])
-        output = output + torch.matmul(of_sinks, sink_value.to(query.dtype)[:, None]).view(output.shape)
-    return output + weights[..., -1:] * options.linear_value(far)
+    keys = _columns(key, options.scored(sink_key), options)
+    values = _columns(value, sink_value, options)
+    hidden = _hidden(query, sink_key.shape[2], stream, real, first, options)
+    hidden = hidden[0] if hidden.shape[0] == 1 else hidden.expand(-1, query.shape[1], -1, -1).flatten(0, 1)
+    columns = keys.flatten(0, 1).transpose(1, 2)
+    products = torch.baddbmm(hidden, query.flatten(0, 1), columns, alpha=options.scale)
+    scores = products.view(*query.shape[:3], -1).to(far.dtype)  # [B·N, G, R·C, W+C+sinks+1]
+    logit = linear_logit(
+        far[..., -1:], _folded_bias(options, query.shape[1], far.dtype), scores[..., :-1], options.join
+    )
+    scores[..., -1:] = logit
+    weights = scores.softmax(dim=-1)
+    output = torch.matmul(weights.to(query.dtype), values).to(far.dtype)
+    return torch.addcmul(output, weights[..., -1:], options.linear_value(far))
 
 
-def _hide(scores: torch.Tensor, batch: int, real: torch.Tensor | None, options: HybridOptions) -> torch.Tensor:
-    """Hide what is no key of its query's window, in scores `[B·N, G, R·C, W+C]`."""
-    chunk, window = options.chunk_size, options.window
-    span = window + chunk
-    i = torch.arange(chunk, device=scores.device)[:, None]
-    j = torch.arange(span, device=scores.device)
-    hidden = ((j <= i) | (j > i + window))[None, None, None]  # [1, 1, 1, C, W+C]
+def _columns(x: torch.Tensor, sinks: torch.Tensor, options: HybridOptions) -> torch.Tensor:
+    """Return what the queries of each chunk meet, `[B·N, G, W+C+sinks+1, ·]`: the entries of x `[B, G, W+N·C, ·]` from
+    one window before the chunk on, the sinks `[B, G, sinks, ·]`, and zeros in the place of the linear past."""
+    batch, span = x.shape[0], options.window + options.chunk_size
+    near = x.unfold(2, span, options.chunk_size).permute(0, 2, 1, 4, 3)  # [B, N, G, W+C, ·]
+    others = functional.pad(sinks.to(x.dtype), (0, 0, 0, 1))[:, None].expand(-1, near.shape[1], -1, -1, -1)
+    return torch.cat((near, others), dim=3).flatten(0, 1).view(batch * near.shape[1], x.shape[1], -1, x.shape[3])
+
+
+def _hidden(
+    query: torch.Tensor, num_sinks: int, stream: Stream, real: torch.Tensor | None, first: int, options: HybridOptions
+) -> torch.Tensor:
+    """Return minus infinity for what a query does not see and zero for the rest, `[1 or B·N, 1, R·C, W+C+sinks+1]`.
+
+    Args:
+        query: Folded `[B·N, G, R·C, D]`; others as in `_join`.
+    """
+    chunk, span, device = options.chunk_size, options.window + options.chunk_size, query.device
+    i, j = torch.arange(chunk, device=device)[:, None], torch.arange(span, device=device)
+    unseen = [((j <= i) | (j > i + options.window))[None, None], i.new_zeros(1, 1, chunk, num_sinks).bool()]
     if real is not None:
-        hidden = hidden | ~real.unfold(1, span, chunk)[:, :, None, None]
-    return scores.view(batch, scores.shape[0] // batch, -1, chunk, span).masked_fill(hidden, -torch.inf).view_as(scores)
+        near = real.unfold(1, span, chunk)  # [B or 1, N, W+C]
+        unseen[0] = unseen[0] | ~near[:, :, None]
+        places = stream.positions(first, first + near.shape[1] * chunk).unflatten(1, (-1, chunk))
+        unseen[1] = torch.arange(num_sinks, device=device) > places[..., None]  # [B or 1, N, C, sinks]
+    rows, chunks = max(x.shape[0] for x in unseen), max(x.shape[1] for x in unseen)
+    hidden = functional.pad(torch.cat([x.expand(rows, chunks, -1, -1) for x in unseen], dim=3), (0, 1))
+    mask = torch.zeros(hidden.shape, dtype=query.dtype, device=device).masked_fill_(hidden, -torch.inf)
+    if chunks > 1 or rows > 1:
+        mask = mask.expand(query.shape[0] // chunks, -1, -1, -1)
+    return mask.flatten(0, 1).repeat(1, query.shape[2] // chunk, 1)[:, None]
 
 
 def _folded_bias(options: HybridOptions, kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
     """The bias of each folded row, `[1, G, R·C, 1]`."""
     return options.bias.to(dtype).view(kv_heads, -1).repeat_interleave(options.chunk_size, dim=1)[None, :, :, None]
-
-
-def _sink_scores(
-    query: torch.Tensor, sink_key: torch.Tensor, stream: Stream, first: int, options: HybridOptions
-) -> torch.Tensor:
-    """Scores of the sinks `[B·N, G, R·C, sinks]`, minus infinity where a query comes before a sink."""
-    batch, chunk, num_sinks = sink_key.shape[0], options.chunk_size, sink_key.shape[2]
-    chunks = query.shape[0] // batch
-    keys = options.scored(sink_key).to(query.dtype)[:, None].transpose(3, 4)  # [B, 1, G, D, sinks]
-    scores = torch.matmul(query.view(batch, chunks, *query.shape[1:]), keys) * options.scale
-    if stream.least + first < num_sinks:
-        positions = stream.positions(first, first + chunks * chunk).view(-1, chunks, 1, 1, chunk, 1)
-        early = torch.arange(num_sinks, device=query.device) > positions
-        scores = scores.view(batch, chunks, query.shape[1], -1, chunk, num_sinks).masked_fill(early, -torch.inf)
-    return scores.view(*query.shape[:3], num_sinks)

@@ -24,5 +24,8 @@ def linear_logit(denominator: torch.Tensor, bias: torch.Tensor, scores: torch.Te
         join: "log" or "lolcats".
     """
     logit = denominator.clamp(min=NOTHING).log()
-    logit = logit + bias if join == "log" else logit + scores.amax(dim=-1, keepdim=True) - functional.logsigmoid(bias)
+    if join == "log":
+        logit = logit + bias
+    else:  # of a copy, since callers write the logit beside the scores
+        logit = logit + scores.clone().amax(dim=-1, keepdim=True) - functional.logsigmoid(bias)
     return logit.masked_fill(denominator <= NOTHING, -torch.inf)

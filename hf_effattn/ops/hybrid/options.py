@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from ...feature_maps import FeatureMap
 from ...notation import rotary_half
@@ -61,6 +62,11 @@ class HybridOptions(NamedTuple):
         if self.recurrence is not None and self.recurrence.delta:
             return self.recurrence.output(sums[..., :-1])
         return sums[..., :-1] / sums[..., -1:].clamp(min=NOTHING)
+
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """What has learned parameters, `bias` excepted."""
+        return self.plan().modules
 
     @property
     def uses_positions(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from ..blocks import Blocks, Tensors, in_blocks, parameters_of
 from ..collector import Collector
 from ..folding import unfold
 from . import delta, gradient
@@ -22,29 +23,47 @@ def linear_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: LinearState, plan: Plan
 ) -> LinearOutput:
     """Compute in chunks; arguments as in `hf_effattn.ops.linear.linear_attention`."""
-    inputs = (query, key, value, *state, *plan.parameters())
+    inputs = (query, key, value, *state, *parameters_of(plan.modules))
     learns = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     if learns and plan.recurrence is None and not torch.compiler.is_compiling():
         return gradient.linear_attention(query, key, value, state, plan)
+    if learns or plan.is_delta:
+        return _in_blocks(query, key, value, state, plan)
     return in_segments(query, key, value, state, plan)
 
 
 def in_segments(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: LinearState, plan: Plan
 ) -> LinearOutput:
-    """Compute segment by segment, by operations that autograd and the compiler understand."""
+    """Compute segment by segment, outputs written into place."""
     collector = Collector(query, value.shape[-1])
     carry = state.sums
     for start, end in segments(query, plan.chunk):
         q, k, v = (x[:, :, start:end] for x in (query, key, value))
-        segment = fold_segment(q, k, v, plan.part(start, end))
-        sums, carry = read_segment(segment, carry)
-        if plan.is_delta:
-            output = plan.output(sums).view(-1, query.shape[1], plan.chunk, value.shape[-1])
-            collector.add(unfold(output, query.shape[0], end - start))
-        else:
-            collector.add_quotient(sums, EPS, plan.chunk, end - start)
+        sums, carry = read_segment(fold_segment(q, k, v, plan.part(start, end)), carry)
+        collector.add_quotient(sums, EPS, plan.chunk, end - start)
     return LinearOutput(collector.result(), LinearState(carry))
+
+
+def _in_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: LinearState, plan: Plan
+) -> LinearOutput:
+    """Compute segment by segment, for training and for outputs that are no quotients."""
+    cuts = segments(query, plan.chunk)
+
+    def compute(
+        block: int, carry: torch.Tensor | None, parts: Tensors, _: Tensors
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert carry is not None
+        (q, k, v), (start, end) = parts, cuts[block]
+        sums, carry = read_segment(fold_segment(q, k, v, plan.part(start, end)), carry)
+        output = plan.output(sums).view(-1, query.shape[1], plan.chunk, value.shape[-1])
+        return unfold(output, query.shape[0], end - start).to(query.dtype), carry
+
+    blocks = Blocks(compute, [(cut, cut, cut) for cut in cuts], plan.modules, value.shape[-1])
+    output, carry = in_blocks(blocks, state.sums, (query, key, value))
+    assert carry is not None
+    return LinearOutput(output, LinearState(carry))
 
 
 def read_segment(segment: Segment, carry: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from ..blocks import call_with, parameters_of
 from ..collector import Collector
 from ..folding import fold, unfold
 from .plan import Plan
@@ -29,7 +30,7 @@ def linear_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: LinearState, plan: Plan
 ) -> LinearOutput:
     """Compute as `chunked.linear_attention` does, with gradients for all tensors and the maps' parameters."""
-    output, carry = _Chunked.apply(plan, query, key, value, state.sums, *plan.parameters())
+    output, carry = _Chunked.apply(plan, query, key, value, state.sums, *parameters_of(plan.modules))
     return LinearOutput(output, LinearState(carry))
 
 
@@ -99,7 +100,7 @@ def _segment_backward(
     query, key, value, output, grad_output = tensors
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_() for x in (query, key, *parameters)]
-        mapped = fold_segment(leaves[0], leaves[1], value, plan.with_parameters(leaves[2:]))
+        mapped = call_with(plan.modules, leaves[2:], fold_segment, leaves[0], leaves[1], value, plan)
     segment = Segment(mapped.query.detach(), mapped.key.detach(), mapped.value)
     g = _gradient_of_sums(output, grad_output, denominator, plan.chunk).to(segment.query.dtype)
     grad_query, grad_key, grad_value, before = _gradients_in_chunks(segment, g, carry, after)

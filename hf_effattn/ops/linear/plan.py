@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch.func import functional_call
+from torch import nn
 from torch.nn import functional
 
 from ...feature_maps import FeatureMap
@@ -87,22 +87,10 @@ class Plan(NamedTuple):
         )
         return self._replace(query_at=query_at, key_at=key_at, real=real)
 
-    def with_parameters(self, parameters: list[torch.Tensor]) -> Plan:
-        """Return the plan with these tensors in place of `self.parameters()`."""
-        left = list(parameters)
-
-        def bound(feature_map: Any) -> Any:
-            names = [] if feature_map is None else [name for name, _ in feature_map.named_parameters()]
-            if not names:
-                return feature_map
-            given = {name: left.pop(0) for name in names}
-            return lambda *arguments: functional_call(feature_map, given, arguments)
-
-        return self._replace(query_map=bound(self.query_map), key_map=bound(self.key_map))
-
-    def parameters(self) -> list[torch.Tensor]:
-        """Return the learned parameters of both maps and the recurrence."""
-        return [p for m in (self.query_map, self.key_map, self.recurrence) if m is not None for p in m.parameters()]
+    @property
+    def modules(self) -> tuple[nn.Module, ...]:
+        """Both maps and the recurrence, as far as there are any."""
+        return tuple(m for m in (self.query_map, self.key_map, self.recurrence) if m is not None)
 
 
 def _features(

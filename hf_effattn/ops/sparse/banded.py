@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from ...patterns import Band
-from ..collector import Collector
+from ..blocks import Blocks, Tensors, in_blocks
 from ..stream import Stream
 from .masked import attend, attend_causal
 
@@ -22,24 +22,28 @@ def sparse_attention(
     if past == 0 and tokens <= band.window:
         return attend_causal(query, stream.key, stream.value, scale, dropout)
     size = min(max(band.window // 4, 64), 256)
-    collector = Collector(query, stream.value.shape[-1])
+    cuts = [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+    reach = [(max(0, past + start - band.window + 1), past + end) for start, end in cuts]
     masks: dict[tuple[int, int], torch.Tensor] = {}
-    sink_key, sink_value = stream.sinks(band.num_sinks)
-    for start in range(0, tokens, size):
-        end = min(start + size, tokens)
-        low, high = max(0, past + start - band.window + 1), past + end
-        key, value = stream.key[:, :, low:high], stream.value[:, :, low:high]
+
+    def compute(
+        block: int, carry: torch.Tensor | None, parts: Tensors, sinks: Tensors
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        (q, key, value), (low, high), num_sinks = parts, reach[block], sinks[0].shape[2]
         if band.num_sinks:
-            key, value = torch.cat((sink_key, key), dim=2), torch.cat((sink_value, value), dim=2)
+            key, value = torch.cat((sinks[0], key), dim=2), torch.cat((sinks[1], value), dim=2)
         if stream.least + low >= band.num_sinks:
-            shape = (end - start, high - low)
+            shape = (q.shape[2], high - low)
             if shape not in masks:
-                masks[shape] = _plain_mask(query, shape, sink_key.shape[2], band.window)
+                masks[shape] = _plain_mask(query, shape, num_sinks, band.window)
             mask = masks[shape]
         else:
-            mask = _edge_mask(stream, band, sink_key.shape[2], past + start, low, high)
-        collector.add(attend(query[:, :, start:end], key, value, mask, scale, dropout))
-    return collector.result()
+            mask = _edge_mask(stream, band, num_sinks, past + cuts[block][0], low, high)
+        return attend(q, key, value, mask, scale, dropout), None
+
+    ranges = [(cut, keys, keys) for cut, keys in zip(cuts, reach, strict=True)]
+    blocks = Blocks(compute, ranges, (), stream.value.shape[-1], repeatable=not dropout)
+    return in_blocks(blocks, None, (query, stream.key, stream.value), stream.sinks(band.num_sinks))[0]
 
 
 def _plain_mask(query: torch.Tensor, shape: tuple[int, int], num_sinks: int, window: int) -> torch.Tensor:
