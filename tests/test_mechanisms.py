@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import ONE_CASE_EACH, Case
+from matrix import ONE_CASE_EACH, Case, shake, tiny_model, tokens
 
 from hf_effattn.attention import HeadGeometry, Mechanism, make_mechanism
 from hf_effattn.config import make_config
@@ -51,3 +51,20 @@ def test_outputs_are_means_of_values(case: Case) -> None:
     output = mechanism(query, key, value, scale=0.25, **extras(mechanism, query, key))
     zero = output.abs().amax(dim=-1, keepdim=True) < 1e-3  # relu features: a query that resembles no key gets nothing
     torch.testing.assert_close(output.masked_fill(zero, 3.0), torch.full_like(output, 3.0), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", ONE_CASE_EACH, ids=str)
+def test_loud_projections_stay_finite_under_autocast(case: Case, dtype: torch.dtype) -> None:
+    net = tiny_model("llama-gqa")
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if "q_proj" in name or "k_proj" in name or "v_proj" in name:
+                parameter.mul_(30 / parameter.std() / parameter.shape[1] ** 0.5)  # of inputs of size one
+    shake(net.convert_attention(case.mechanism, **case.options))
+    with torch.autocast("cpu", dtype):
+        logits = net(tokens(2, 70)).logits
+    assert logits.isfinite().all()
+    logits.float().square().mean().backward()
+    for parameter in net.parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all()

@@ -104,3 +104,32 @@ def test_fast_is_slow(name: str, length: int, scale: float) -> None:
     for backend in ("chunked", "recurrent"):
         for index, (actual, expected) in enumerate(zip(found[backend], found["reference"], strict=True)):
             assert relative(actual, expected) <= (2e-6 if index > 1 else 1e-6), (backend, index)
+
+
+@every_recurrence
+def test_bfloat16_stays_within_its_rounding(name: str) -> None:
+    maps, recurrence = [FEATURE_MAPS.get("softmax")(16, heads) for heads in (6, 2)], shaken(name).bfloat16()
+    leaves = [torch.randn(1, heads, 300, 16).bfloat16().requires_grad_() for heads in (6, 2, 2)]
+    key = with_gates(recurrence, leaves[1], torch.randn(1, 300, 24).bfloat16())
+    weight = torch.randn(1, 6, 300, 16)
+    options: dict[str, Any] = {"query_map": maps[0], "key_map": maps[1], "recurrence": recurrence}
+    found = {}
+    for backend in ("reference", "chunked"):
+        output, _ = linear_attention(leaves[0], key, leaves[2], backend=backend, **options)
+        loss = (output.float() * weight).sum()
+        found[backend] = [output, *torch.autograd.grad(loss, leaves, retain_graph=True)]
+    for index, (actual, expected) in enumerate(zip(found["chunked"], found["reference"], strict=True)):
+        assert relative(actual, expected) <= (1e-2 if index else 6e-3), index
+
+
+@every_recurrence
+def test_token_by_token_stays_with_the_chunks_for_8192_tokens(name: str) -> None:
+    maps = [FEATURE_MAPS.get("softmax")(16, heads).bfloat16() for heads in (6, 2)]
+    recurrence = RECURRENCES.get(name)(RecurrenceShape(6, 2, 16, 16, 24)).bfloat16()
+    q, k, v = (torch.randn(1, heads, 8192, 16).bfloat16() for heads in (6, 2, 2))
+    key = with_gates(recurrence, k, torch.randn(1, 8192, 24).bfloat16())
+    options: dict[str, Any] = {"query_map": maps[0], "key_map": maps[1], "recurrence": recurrence}
+    with torch.no_grad():
+        chunked, recurrent = (linear_attention(q, key, v, backend=b, **options) for b in ("chunked", "recurrent"))
+    assert relative(chunked.output[:, :, -512:], recurrent.output[:, :, -512:]) <= 5e-3
+    assert relative(chunked.state.kv, recurrent.state.kv) <= 5e-3

@@ -104,7 +104,7 @@ def states_before(segment: Segment, carry: torch.Tensor) -> tuple[torch.Tensor, 
     """
     if segment.decay is None:
         return _sums_before(torch.matmul(segment.key.transpose(2, 3), segment.value), carry)
-    remembered = segment.key * segment.decay.to_end.exp().to(segment.key.dtype)  # at the end of the chunk
+    remembered = (segment.key * segment.decay.to_end.exp()).to(segment.key.dtype)  # at the end of the chunk
     added = torch.matmul(remembered.transpose(2, 3), segment.value)
     return _decaying_sums_before(added, segment.decay.from_start[:, :, -1:].exp().transpose(2, 3), carry)
 
@@ -118,12 +118,13 @@ def attend(segment: Segment, before: torch.Tensor) -> torch.Tensor:
         groups = query.shape[2] // key.shape[2]
         rows = decay.from_start.repeat(1, 1, groups, 1)  # [B·N, G, R·C, 1 or F]
         if decay.between is not None:
-            weights = within_chunk(query, key) * decay.between.exp().to(query.dtype).repeat(1, 1, groups, 1)
+            factors = decay.between.exp().to(query.dtype).repeat(1, 1, groups, 1)
+            weights = within_chunk(query, key) * factors
         else:  # relative to the middle of the chunk, so that no exponential leaves float32
             middle = decay.from_start[:, :, key.shape[2] // 2, None]
-            late, early = ((x - y).exp().to(query.dtype) for x, y in ((rows, middle), (middle, decay.from_start)))
-            weights = within_chunk(query * late, key * early)
-        query = query * rows.exp().to(query.dtype)
+            late, early = query * (rows - middle).exp(), key * (middle - decay.from_start).exp()
+            weights = within_chunk(late.to(query.dtype), early.to(query.dtype))
+        query = (query * rows.exp()).to(query.dtype)
     past = torch.matmul(query, before.to(query.dtype))
     output = torch.baddbmm(past.flatten(0, 1), weights.flatten(0, 1), segment.value.flatten(0, 1))
     return output.view(past.shape)
