@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from .feature_maps import FEATURE_MAPS, map_options
 from .notation import whole_number
 from .patterns import PATTERNS, Pattern, make_pattern, pattern_from_spec
-from .patterns.base import is_registered, pattern_options
+from .patterns.base import is_registered, pattern_options, with_seed
 from .recurrences import RECURRENCES
 from .registry import Registry
 
@@ -53,6 +53,10 @@ class MechanismConfig:
         """Build from keywords, with an error that names the valid ones."""
         _refuse_unknown(options, cls.options(), f"{cls.mechanism} attention")
         return cls(**options)
+
+    def for_layer(self, index: int) -> MechanismConfig:
+        """Return the config for one layer: patterns that draw at random draw anew in each."""
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config as JSON-able data; `config_from_dict` reads it."""
@@ -134,26 +138,32 @@ class SparseConfig(MechanismConfig):
 
     Args:
         pattern: Name of a registered pattern, or a `Pattern` such as `sliding_window(64) | sinks(4)`.
-        window, num_sinks, positions, stride, num_summary: Options of the named pattern; which of them it takes, and
-            what they mean, its factory in `hf_effattn.patterns` says. None leaves the factory's default.
-        backend: "auto", "banded" (windows and sinks only), "masked" (any pattern, a block of queries at a time), or
-            "reference" (slow: for tests).
+        window, num_sinks, positions, stride, num_summary, group_size, block_size, num_random, seed: Options of the
+            named pattern; which of them it takes, and what they mean, its factory in `hf_effattn.patterns` says. None
+            leaves the factory's default.
+        backend: "auto", "banded" (windows and sinks only), "gathered" (any pattern whose keys are known beforehand, on
+            a CPU), "masked" (any pattern, in the time of dense attention), or "reference" (slow: for tests).
     """
 
     mechanism: ClassVar[str] = "sparse"
-    backends: ClassVar[tuple[str, ...]] = ("auto", "banded", "masked", "reference")
+    backends: ClassVar[tuple[str, ...]] = ("auto", "banded", "gathered", "masked", "reference")
 
     pattern: str | Pattern = "streaming"
-    window: int | None = None
+    window: int | Sequence[int] | None = None
     num_sinks: int | None = None
     positions: Sequence[int] | None = None
     stride: int | None = None
     num_summary: int | None = None
+    group_size: int | None = None
+    block_size: int | None = None
+    num_random: int | None = None
+    seed: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.positions is not None:
-            object.__setattr__(self, "positions", tuple(self.positions))
+        for name in ("positions", "window"):
+            if isinstance(getattr(self, name), Sequence):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         pattern = self.resolve()
         if self.backend == "banded" and not pattern.is_windowed:
             raise ValueError(
@@ -177,6 +187,10 @@ class SparseConfig(MechanismConfig):
         if given:
             raise ValueError(f"{sorted(given)} belong to named patterns; {self.pattern.describe()} has its own")
         return self.pattern
+
+    def for_layer(self, index: int) -> MechanismConfig:
+        spec = with_seed(self.resolve().spec, index)
+        return self if spec is None else SparseConfig(pattern=pattern_from_spec(spec), backend=self.backend)
 
     def to_dict(self) -> dict[str, Any]:
         return {"mechanism": self.mechanism, "pattern": copy.deepcopy(self.resolve().spec), "backend": self.backend}

@@ -51,12 +51,14 @@ def convert_attention(
     targets = find_targets(model)
     refuse_offloaded(model)
     config = make_config(mechanism, options)
-    made = {index: _make(config, targets, index, model) for index in choose_layers(targets, layers, keep_softmax)}
+    chosen = choose_layers(targets, layers, keep_softmax)
+    configs = {index: config.for_layer(index) for index in chosen}
+    made = {index: _make(configs[index], targets, index, model) for index in chosen}
     _freeze_under_peft(model, made)
     integration.become_converted(model)
     for index, new in made.items():
         _attach(targets, index, new)
-        model.config.effattn["layers"][index] = config.to_dict()
+        model.config.effattn["layers"][index] = configs[index].to_dict()
     _finish(model, targets)
     return model
 

@@ -99,7 +99,7 @@ def attention_report(model: PreTrainedModel, context_length: int = 4096) -> Atte
             layer.num_visible(context_length),
             layer.cache_bytes(context_length, model.dtype),
             layer.flops_per_token(context_length),
-            layer.backend(),
+            layer.backend(model.device.type),
         )
         for index, layer in _layers(model).items()
     ]
@@ -134,7 +134,7 @@ class Softmax:
     def flops_per_token(self, context_length: int) -> int:
         return self.geometry.softmax_flops(self.num_visible(context_length))
 
-    def backend(self) -> str:
+    def backend(self, device: str) -> str:
         return self.implementation
 
 

@@ -17,16 +17,41 @@ from transformers import PreTrainedModel
 from hf_effattn import LinearConfig, SparseConfig
 from hf_effattn.feature_maps import FEATURE_MAPS
 from hf_effattn.ops.sparse import choose_backend
-from hf_effattn.patterns import PATTERNS, Pattern, dilated, global_tokens, make_pattern, sinks, sliding_window
+from hf_effattn.patterns import (
+    PATTERNS,
+    Pattern,
+    bigbird,
+    dilated,
+    global_tokens,
+    make_pattern,
+    shifted,
+    sinks,
+    sliding_window,
+    strided,
+)
 from hf_effattn.recurrences import RECURRENCES
 
 # A value for every option a pattern may have; small, so that tiny texts meet all cases.
-PATTERN_OPTIONS = {"window": 6, "num_sinks": 2, "positions": (0, 9), "stride": 5, "num_summary": 2}
+PATTERN_OPTIONS = {
+    "window": 6,
+    "num_sinks": 2,
+    "positions": (0, 9),
+    "stride": 5,
+    "num_summary": 2,
+    "group_size": 6,
+    "block_size": 4,
+    "num_random": 2,
+    "seed": 3,
+}
 COMPOSITIONS = {
     "undilated": dilated(5, 1),
     "dilated|global": dilated(3, 4) | global_tokens((0, 7)),
     "window&dilated": sliding_window(9) & dilated(4, 3),
     "window|sinks": sliding_window(3) | sinks(1),
+    "strided|global": strided(4) | global_tokens((2,)),
+    "bigbird|sinks": bigbird(3, 2) | sinks(2),
+    "shifted&window": shifted(8) & sliding_window(5),
+    "windows": sliding_window((2, 5, 3, 9)),
 }
 
 

@@ -44,7 +44,7 @@ IDS = tokens(2, 20)
         (("linear",), {"backend": "triton"}, ValueError, "valid: auto, chunked, reference"),
         (("linear",), {"pattern": "streaming"}, ValueError, "unknown option 'pattern' of linear"),
         (("sparse",), {}, ValueError, r"'streaming' needs \['window'\]"),
-        (("sparse",), {"pattern": "butterfly"}, ValueError, "valid: dilated, fixed, .*strided"),
+        (("sparse",), {"pattern": "butterfly"}, ValueError, "valid: bigbird, dilated, fixed, .*strided"),
         (("sparse",), {"window": 8, "stride": 2}, ValueError, r"does not take \['stride'\].*window, num_sinks"),
         (("sparse",), {"window": 0}, ValueError, "window must be at least 1"),
         (
@@ -53,7 +53,7 @@ IDS = tokens(2, 20)
             ValueError,
             "'banded' computes windows",
         ),
-        (("sparse",), {"window": 8, "backend": "fast"}, ValueError, "valid: auto, banded, masked, reference"),
+        (("sparse",), {"window": 8, "backend": "fast"}, ValueError, "valid: auto, banded, gathered, masked, reference"),
         (("sparse",), {"pattern": sliding_window(4), "window": 8}, ValueError, "belong to named patterns"),
         (("sparse",), {"pattern": 7}, TypeError, "must be a Pattern or one of"),
         (("sparse",), {"pattern": Pattern(lambda b, h, q, k: k == q)}, ValueError, "register_pattern"),

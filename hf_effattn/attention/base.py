@@ -116,8 +116,8 @@ class Mechanism(nn.Module):
         """Return the floating-point operations of one decoding step (projections not counted)."""
         raise NotImplementedError
 
-    def backend(self) -> str:
-        """Return the backend that computes a prefill."""
+    def backend(self, device: str = "cpu") -> str:
+        """Return the backend that computes a prefill on a device of this type."""
         raise NotImplementedError
 
     def describe(self) -> str:

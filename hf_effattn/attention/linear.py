@@ -93,7 +93,7 @@ class LinearAttention(Mechanism):
         gates = 0 if self.recurrence is None else self.recurrence.flops_per_token
         return 2 * heads * self.key_map.feature_dim * (g.value_dim + 1) + maps + gates + softmax
 
-    def backend(self) -> str:
+    def backend(self, device: str = "cpu") -> str:
         return "chunked" if self.options.backend == "auto" else self.options.backend
 
     def describe(self) -> str:

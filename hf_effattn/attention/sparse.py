@@ -6,7 +6,7 @@ import torch
 
 from ..cache import KeyValueState, KeyValueStore
 from ..config import SparseConfig
-from ..ops.sparse import banded, choose_backend, masked, reference
+from ..ops.sparse import banded, choose_backend, gathered, masked, reference
 from .base import MECHANISMS, Call, HeadGeometry, Mechanism
 
 
@@ -24,13 +24,18 @@ class SparseAttention(Mechanism):
     def __init__(self, config: SparseConfig, geometry: HeadGeometry) -> None:
         super().__init__(config, geometry)
         self.pattern = config.resolve()
+        if self.pattern.num_heads not in (None, geometry.num_heads):
+            raise ValueError(
+                f"{self.pattern.describe()} is for {self.pattern.num_heads} query heads; the layer has "
+                f"{geometry.num_heads}"
+            )
         self.store = KeyValueStore(self.pattern.retention)
 
     def attend(
         self, state: KeyValueState | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, KeyValueState]:
         state = self.store.empty(key, value) if state is None else self.store.matching(state, key)
-        backend = self.backend()
+        backend = self.backend(query.device.type)
         if query.shape[2] == 1 and backend != "reference":
             state = self.store.append(state, key, value, call.lengths, call.in_place)
             return self._attend_one(state, query, call), state
@@ -38,6 +43,8 @@ class SparseAttention(Mechanism):
             assert self.pattern.band is not None
             stream = self.store.stream(state, key, value, self.pattern.band.window - 1)
             output = banded.sparse_attention(query, stream, self.pattern.band, call.scale, call.dropout)
+        elif backend == "gathered" and not self._needs_masks(call):
+            output = self._attend_gathered(state, query, key, value, call)
         else:
             output = self._attend_positions(state, query, key, value, call)
         return output, self.store.append(state, key, value, call.lengths) if call.keep_state else state
@@ -55,8 +62,8 @@ class SparseAttention(Mechanism):
     def flops_per_token(self, context_length: int) -> int:
         return self.geometry.softmax_flops(self.num_visible(context_length))
 
-    def backend(self) -> str:
-        return choose_backend(self.pattern, self.options.backend)
+    def backend(self, device: str = "cpu") -> str:
+        return choose_backend(self.pattern, self.options.backend, device)
 
     def describe(self) -> str:
         return f"sparse {self.pattern.describe()}"
@@ -70,6 +77,30 @@ class SparseAttention(Mechanism):
         return masked.sparse_attention(
             query, state.keys, state.values, self.pattern, last, state.positions, call.scale, call.dropout
         )
+
+    def _needs_masks(self, call: Call) -> bool:
+        """Whether the gathered backend cannot do what is asked: drop weights, or be traced by the compiler."""
+        if self.options.backend == "gathered" and call.dropout:
+            raise ValueError("backend 'gathered' has no attention dropout; use 'auto', or set attention_dropout to 0")
+        return self.options.backend == "auto" and (call.dropout > 0 or torch.compiler.is_compiling())
+
+    def _attend_gathered(
+        self, state: KeyValueState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+    ) -> torch.Tensor:
+        """Attend where all rows have the same past; else row by row."""
+        if state.most == 0:
+            return gathered.sparse_attention(query, key, value, self.pattern, gathered.Places(), call.scale)
+        keys, values = torch.cat((state.keys, key), dim=2), torch.cat((state.values, value), dim=2)
+        index = torch.arange(query.shape[2], device=query.device)
+        rows = [slice(None)] if state.least == state.most else [slice(b, b + 1) for b in range(query.shape[0])]
+        outputs = []
+        for row in rows:
+            first = int(state.num_tokens[row][0])
+            places = gathered.Places.of(first, torch.cat((state.positions[row][0], first + index)))
+            outputs.append(
+                gathered.sparse_attention(query[row], keys[row], values[row], self.pattern, places, call.scale)
+            )
+        return torch.cat(outputs)
 
     def _attend_positions(
         self, state: KeyValueState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from ..registry import Registry
-
-MaskMod = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+from .parts import MaskMod, Parts, union
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,17 @@ class Pattern:
         retention: What a cache must keep; `mask_mod(b, h, q, k)` implies `retention.keeps(q, k)`.
         band: The same predicate as a window and sinks where it is one, else None.
         spec: Name and options as JSON-able data, from which `pattern_from_spec` builds the pattern again.
+        parts: The same predicate as a sum of parts whose keys are found without looking at all of them; none for a
+            pattern that does not say.
+        num_heads: Query heads it is made for; None for any number.
     """
 
     mask_mod: MaskMod = field(compare=False, repr=False)
     retention: Retention = field(default_factory=Retention)
     band: Band | None = None
     spec: dict[str, Any] = field(default_factory=dict, hash=False)
+    parts: Parts = field(default=(), compare=False, repr=False)
+    num_heads: int | None = None
 
     def __or__(self, other: Pattern) -> Pattern:
         first, second = self.mask_mod, other.mask_mod
@@ -93,6 +98,8 @@ class Pattern:
             self.retention | other.retention,
             band,
             {"any": [self.spec, other.spec]},
+            union(self.parts, other.parts),
+            _same_heads(self, other),
         )
 
     def __and__(self, other: Pattern) -> Pattern:
@@ -105,6 +112,8 @@ class Pattern:
             self.retention & other.retention,
             band,
             {"all": [self.spec, other.spec]},
+            _intersection(self, other),
+            _same_heads(self, other),
         )
 
     @property
@@ -126,9 +135,9 @@ class Pattern:
         return self.mask_mod(b, h, q, k) & (k >= 0)
 
     def num_visible(self, position: int) -> int:
-        """Return how many keys the query at `position` (from 0) sees, its own included."""
+        """Return how many keys the query at `position` (from 0) sees, its own included: in the head that sees most."""
         keys = torch.arange(position + 1)[None]
-        return int(self.visible(torch.tensor([[position]]), keys).sum())
+        return int(self.visible(torch.tensor([[position]]), keys, self.num_heads or 1).sum(dim=-1).max())
 
     def describe(self) -> str:
         """Return the pattern as one would write it: `streaming(window=512, num_sinks=4)`."""
@@ -157,7 +166,7 @@ def register_pattern(name: str) -> Callable[[Factory], Factory]:
                     bound.arguments[key] = tuple(value)
             made = factory(*bound.args, **bound.kwargs)
             values = {key: list(v) if isinstance(v, tuple) else v for key, v in bound.arguments.items()}
-            return Pattern(made.mask_mod, made.retention, made.band, {"name": name, **values})
+            return replace(made, spec={"name": name, **values})
 
         return PATTERNS.register(name)(make)
 
@@ -181,6 +190,17 @@ def is_registered(spec: dict[str, Any]) -> bool:
     return all(is_registered(part) for part in parts) if parts else spec.get("name") in PATTERNS
 
 
+def with_seed(spec: dict[str, Any], offset: int) -> dict[str, Any] | None:
+    """Return `spec` with `offset` added to every seed in it; None if it has none."""
+    for key in ("any", "all"):
+        if key in spec:
+            changed = [with_seed(part, offset) for part in spec[key]]
+            if all(part is None for part in changed):
+                return None
+            return {key: [old if new is None else new for old, new in zip(spec[key], changed, strict=True)]}
+    return {**spec, "seed": spec["seed"] + offset} if "seed" in spec else None
+
+
 def pattern_options(name: str) -> set[str]:
     """Return the names of the options that the pattern `name` has."""
     return set(inspect.signature(PATTERNS.get(name)).parameters)
@@ -196,6 +216,22 @@ def make_pattern(name: str, options: dict[str, Any]) -> Pattern:
         wrong = f"does not take {unknown}" if unknown else f"needs {missing}"
         raise ValueError(f"pattern {name!r} {wrong}; its options: {', '.join(parameters)}")
     return factory(**options)
+
+
+def _same_heads(first: Pattern, second: Pattern) -> int | None:
+    """The number of heads both are made for."""
+    numbers = {x.num_heads for x in (first, second) if x.num_heads is not None}
+    if len(numbers) > 1:
+        raise ValueError(f"patterns for different numbers of query heads cannot be joined: {sorted(numbers)}")
+    return numbers.pop() if numbers else None
+
+
+def _intersection(first: Pattern, second: Pattern) -> Parts:
+    """The parts of the pattern that looks back less far, limited to the other."""
+    reach = [math.inf if x.retention.window is None else x.retention.window for x in (first, second)]
+    if not second.parts or (first.parts and reach[0] <= reach[1]):
+        return tuple(part.limited(second.mask_mod) for part in first.parts)
+    return tuple(part.limited(first.mask_mod) for part in second.parts)
 
 
 def _describe(spec: dict[str, Any]) -> str:

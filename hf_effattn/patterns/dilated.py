@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..notation import whole_number
 from .base import Band, Pattern, Retention, register_pattern
+from .parts import Part, query_block
 
 
 @register_pattern("dilated")
@@ -14,8 +17,14 @@ def dilated(window: int, stride: int) -> Pattern:
     whole_number("stride", stride, 1)
     reach = window * stride
 
+    def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (k <= q) & (q - k < reach) & ((q - k) % stride == 0)
+
     return Pattern(
-        lambda b, h, q, k: (k <= q) & (q - k < reach) & ((q - k) % stride == 0),
+        mask_mod,
         Retention(reach - stride + 1),
         Band(window) if stride == 1 else None,
+        parts=(
+            Part(mask_mod, lambda start, stop: [(start - reach + stride, stop, stride)], stride, query_block(window)),
+        ),
     )

@@ -6,6 +6,7 @@ import torch
 
 from ..notation import whole_number
 from .base import Pattern, Retention, register_pattern
+from .parts import Part, Ranges
 
 
 @register_pattern("fixed")
@@ -24,4 +25,9 @@ def fixed(stride: int, num_summary: int = 8) -> Pattern:
         own_block = torch.div(q, stride, rounding_mode="floor") == torch.div(k, stride, rounding_mode="floor")
         return (k <= q) & (own_block | (k % stride >= stride - num_summary))
 
-    return Pattern(mask_mod, Retention())
+    def candidates(start: int, stop: int) -> Ranges:
+        own = start // stride * stride
+        return [(own, stop, 1), *((stride - 1 - i, own, stride) for i in range(num_summary))]
+
+    part = Part(mask_mod, candidates, block_size=max(stride, 64), exact=stride >= 64)  # then one own block at a time
+    return Pattern(mask_mod, Retention(), parts=(part,))

@@ -8,6 +8,7 @@ import torch
 
 from ..notation import whole_number
 from .base import Pattern, Retention, register_pattern
+from .parts import Part, Ranges
 
 
 @register_pattern("global_tokens")
@@ -28,4 +29,11 @@ def global_tokens(positions: Iterable[int] = (0,)) -> Pattern:
         table = torch.tensor(chosen, dtype=q.dtype, device=q.device)
         return (k <= q) & (torch.isin(q, table) | torch.isin(k, table))
 
-    return Pattern(mask_mod, Retention(chosen[-1] + 1, frozenset(chosen)))
+    def candidates(start: int, stop: int) -> Ranges:
+        if any(start <= position < stop for position in chosen):
+            return [(0, stop, 1)]
+        return [(position, position + 1, 1) for position in chosen if position < stop]
+
+    return Pattern(
+        mask_mod, Retention(chosen[-1] + 1, frozenset(chosen)), parts=(Part(mask_mod, candidates, block_size=64),)
+    )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..notation import whole_number
 from .base import Band, Pattern, Retention, register_pattern
+from .parts import Part
 
 
 @register_pattern("sinks")
@@ -14,6 +17,12 @@ def sinks(num_sinks: int = 4) -> Pattern:
     """
     whole_number("num_sinks", num_sinks, 0)
 
+    def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (k <= q) & (k < num_sinks)
+
     return Pattern(
-        lambda b, h, q, k: (k <= q) & (k < num_sinks), Retention(0, frozenset(range(num_sinks))), Band(0, num_sinks)
+        mask_mod,
+        Retention(0, frozenset(range(num_sinks))),
+        Band(0, num_sinks),
+        parts=(Part(mask_mod, lambda start, stop: [(0, num_sinks, 1)]),),
     )

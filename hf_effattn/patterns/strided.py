@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from ..notation import whole_number
 from .base import Pattern, Retention, register_pattern
+from .parts import Part, union
+from .sliding_window import sliding_window
 
 
 @register_pattern("strided")
@@ -12,4 +16,12 @@ def strided(stride: int) -> Pattern:
     (Sparse Transformer, Child 2019, arXiv 1904.10509). Any key may be hit again, so a cache keeps them all."""
     whole_number("stride", stride, 1)
 
-    return Pattern(lambda b, h, q, k: (k <= q) & ((q - k < stride) | ((q - k) % stride == 0)), Retention())
+    def column(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (k <= q) & ((q - k) % stride == 0)
+
+    columns = Part(column, lambda start, stop: [(start % stride, stop, stride)], stride)
+    return Pattern(
+        lambda b, h, q, k: (k <= q) & ((q - k < stride) | ((q - k) % stride == 0)),
+        Retention(),
+        parts=union(sliding_window(stride).parts, (columns,)),
+    )

@@ -8,25 +8,30 @@ from ...notation import check_heads, check_padding
 from ...patterns import Pattern
 from .. import ragged
 from ..stream import Stream
-from . import banded, masked, reference
+from . import banded, flash, gathered, masked, reference
 
-BACKENDS = ("reference", "masked", "banded")
+BACKENDS = ("reference", "masked", "banded", "gathered")
 
 __all__ = ["BACKENDS", "choose_backend", "sparse_attention"]
 
 
-def choose_backend(pattern: Pattern, backend: str = "auto") -> str:
-    """Return the backend that computes `pattern`: "auto" prefers the banded one where the pattern is a window.
+def choose_backend(pattern: Pattern, backend: str = "auto", device: str = "cpu") -> str:
+    """Return the backend that computes `pattern`: "auto" prefers the banded one where the pattern is a window, then the
+    gathered one, which works on a CPU, then the masked one.
 
     Raises:
-        ValueError: for an unknown backend, or one that cannot compute the pattern.
+        ValueError: for an unknown backend, or one that cannot compute the pattern there.
     """
+    can_gather = bool(pattern.parts) and device == "cpu" and flash.is_available()
     if backend == "auto":
-        return "banded" if pattern.is_windowed else "masked"
+        return "banded" if pattern.is_windowed else "gathered" if can_gather else "masked"
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; valid: auto, {', '.join(BACKENDS)}")
     if backend == "banded" and not pattern.is_windowed:
         raise ValueError(f"backend 'banded' computes windows with or without sinks, not {pattern.describe()}")
+    if backend == "gathered" and not can_gather:
+        problem = f"on a CPU, not on {device!r}" if pattern.parts else f"of known parts, not {pattern.describe()}"
+        raise ValueError(f"backend 'gathered' computes patterns {problem}; use 'auto' or 'masked'")
     return backend
 
 
@@ -52,7 +57,8 @@ def sparse_attention(
         padding_mask: Booleans `[B, S]`, True = keep. Padded keys are invisible, and windows, sinks and global
             positions count the real tokens of each row; outputs of padded queries have no meaning.
         scale: Factor of the scores, default 1/√D.
-        backend: "reference", "masked" (any pattern), "banded" (windows with or without sinks), or "auto".
+        backend: "reference", "masked" (any pattern), "banded" (windows with or without sinks), "gathered" (any
+            pattern but custom ones, on a CPU), or "auto".
 
     Returns:
         Output `[B, H, T, V]` in the dtype of the query.
@@ -67,15 +73,16 @@ def sparse_attention(
     if query_offset < 0 or query_offset + tokens != total:
         raise ValueError(f"key must have query_offset + T = {query_offset} + {tokens} tokens; got {total}")
     check_padding(padding_mask, batch, total)
-    backend = choose_backend(pattern, backend)
+    if pattern.num_heads not in (None, query.shape[1]):
+        raise ValueError(f"{pattern.describe()} is for {pattern.num_heads} query heads; got {query.shape[1]}")
+    backend = choose_backend(pattern, backend, query.device.type)
     scale = head_dim**-0.5 if scale is None else scale
     if tokens == 0:
         return query.new_zeros(*query.shape[:3], value.shape[-1])
-    if backend == "banded":
-        assert pattern.band is not None
+    if backend in ("banded", "gathered"):
         if padding_mask is None:
-            return banded.sparse_attention(query, Stream(key, value), pattern.band, scale)
-        return _padded_banded(query, key, value, pattern, padding_mask, scale)
+            return _plain(query, key, value, pattern, backend, scale)
+        return _padded(query, key, value, pattern, backend, padding_mask, scale)
     if padding_mask is None:
         positions = torch.arange(total, device=query.device)[None].expand(batch, -1)
         key_positions = positions
@@ -86,21 +93,29 @@ def sparse_attention(
     return compute(query, key, value, pattern, positions[:, query_offset:], key_positions, scale)
 
 
-def _padded_banded(
+def _plain(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: Pattern, backend: str, scale: float
+) -> torch.Tensor:
+    if backend == "gathered":
+        places = gathered.Places(key.shape[2] - query.shape[2])
+        return gathered.sparse_attention(query, key, value, pattern, places, scale)
+    assert pattern.band is not None
+    return banded.sparse_attention(query, Stream(key, value), pattern.band, scale)
+
+
+def _padded(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     pattern: Pattern,
+    backend: str,
     padding_mask: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Compute the banded form of padded rows: real tokens move to the front, where padding no longer matters."""
-    assert pattern.band is not None
+    """Compute padded rows: real tokens move to the front, where padding no longer matters."""
     batch, heads, tokens, _ = query.shape
     total = key.shape[2]
     rows = ragged.front(padding_mask)
     queries = torch.cat((query.new_zeros(batch, heads, total - tokens, query.shape[3]), query), dim=2)
-    output = banded.sparse_attention(
-        rows.gather(queries), Stream(rows.gather(key), rows.gather(value)), pattern.band, scale
-    )
+    output = _plain(rows.gather(queries), rows.gather(key), rows.gather(value), pattern, backend, scale)
     return rows.scatter(output)[:, :, total - tokens :]
