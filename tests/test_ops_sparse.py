@@ -12,9 +12,9 @@ from matrix import patterns
 from test_ops_linear import relative
 
 from hf_effattn.ops.sparse import BACKENDS, choose_backend, sparse_attention
-from hf_effattn.patterns import Pattern, streaming, strided
+from hf_effattn.patterns import Pattern, fixed, streaming, strided
 
-ALL = {**patterns(), "long": streaming(300, 4), "wide": streaming(70, 9)}
+ALL = {**patterns(), "long": streaming(300, 4), "wide": streaming(70, 9), "blocks": fixed(64, 3)}
 
 
 def pairs() -> list[tuple[str, str]]:

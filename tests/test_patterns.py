@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from matrix import COMPOSITIONS, patterns
+from matrix import COMPOSITIONS, patterns, tiny_model
 
 from hf_effattn import SparseConfig
 from hf_effattn.cache import KeyValueStore
@@ -17,10 +18,13 @@ from hf_effattn.patterns import (
     PATTERNS,
     Pattern,
     Retention,
+    bigbird,
     dilated,
     fixed,
     global_tokens,
+    longformer,
     pattern_from_spec,
+    shifted,
     sinks,
     sliding_window,
     streaming,
@@ -58,6 +62,9 @@ def test_first_self_and_two_before_are_four_keys() -> None:
         (strided(7), lambda i, j: i - j < 7 or (i - j) % 7 == 0),
         (fixed(8, 2), lambda i, j: i // 8 == j // 8 or j % 8 >= 6),
         (sliding_window(9) & dilated(9, 2), lambda i, j: i - j < 9 and (i - j) % 2 == 0),
+        (longformer(5, (3,)), lambda i, j: i - j < 5 or 3 in (i, j)),
+        (shifted(8), lambda i, j: i // 8 == j // 8),
+        (bigbird(8, 0), lambda i, j: i // 8 - j // 8 < 3 or j // 8 == 0),
     ],
     ids=lambda value: value.describe() if isinstance(value, Pattern) else "",
 )
@@ -180,3 +187,90 @@ def test_each_pattern_names_its_paper(name: str) -> None:
 def test_bad_options_are_named(make: object, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         make()  # type: ignore[operator]
+
+
+def by_head(pattern: Pattern, heads: int, length: int = LENGTH) -> torch.Tensor:
+    index = torch.arange(length)[None]
+    return pattern.visible(index, index, heads)[0].expand(heads, length, length)
+
+
+def test_every_other_head_has_shifted_groups() -> None:
+    first, second, third = by_head(shifted(8), 3)
+    assert torch.equal(second, by_hand(lambda i, j: (i + 4) // 8 == (j + 4) // 8))
+    assert torch.equal(first, third)
+
+
+def test_each_head_has_the_window_it_was_given() -> None:
+    for seen, window in zip(by_head(sliding_window((2, 5, 3)), 3), (2, 5, 3), strict=True):
+        assert torch.equal(seen, matrix(sliding_window(window)))
+    assert sliding_window((2, 5, 3)).num_visible(20) == 5
+    with pytest.raises(ValueError, match="different numbers of query heads"):
+        sliding_window((2, 5, 3)) | sliding_window((2, 5))
+    with pytest.raises(ValueError, match="empty"):
+        sliding_window(())
+
+
+def test_bigbird_draws_for_each_head_block_and_seed() -> None:
+    size, number = 4, 3
+    seen = by_head(bigbird(size, number, seed=1), 4, 160)
+    blocks = seen[:, ::size, ::size].sum(dim=-1)  # of the first query of each block: it sees all of a block or nothing
+    assert (blocks[:, 3 + number :] == 3 + 1 + number).all()
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen, by_head(bigbird(size, number, seed=2), 4, 160))
+    assert torch.equal(seen, by_head(bigbird(size, number, seed=1), 4, 160))
+    drawn = seen[:, -1, size : -3 * size].float().mean()
+    assert abs(float(drawn) - number / (160 / size - 4)) < 1e-6
+
+
+def test_a_converted_layer_draws_anew_and_a_reloaded_one_the_same() -> None:
+    net = tiny_model("llama-gqa").convert_attention("sparse", pattern="bigbird", block_size=4, seed=5)
+    specs = [layer["pattern"]["seed"] for layer in net.config.effattn["layers"]]
+    assert specs == [5, 6]
+    assert SparseConfig(pattern=bigbird(4) | sinks(2)).for_layer(3).to_dict()["pattern"]["any"][0]["seed"] == 3
+    assert SparseConfig(window=3).for_layer(3) == SparseConfig(window=3)
+
+
+def test_a_pattern_is_drawn(tmp_path: Path) -> None:
+    drawing = sliding_window(2).show(4)
+    assert str(drawing).splitlines()[1:] == [
+        "dense   sparse (rows are queries, columns keys)",
+        "█       █",
+        "██      ██",
+        "███      ██",
+        "████      ██",
+    ]
+    assert drawing.density == 7 / 10
+    assert drawing.keys_per_query == (7 / 4, 2)
+    assert len(str(streaming(100, 4).show(1000)).splitlines()) == 2 + 63
+    bigbird(8).show(200, head=2).save(tmp_path / "pattern.png")
+    assert (tmp_path / "pattern.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="head must be one of 0 to 1; got 2"):
+        sliding_window((3, 9)).show(12, head=2)
+    with pytest.raises(ValueError, match="length must be at least 1"):
+        sliding_window(3).show(0)
+
+
+@pytest.mark.parametrize("name", list(ALL))
+def test_parts_are_the_pattern(name: str) -> None:
+    """Each key is admitted by one part at most, and by one if the pattern shows it; candidates miss none."""
+    pattern, heads, index = ALL[name], ALL[name].num_heads or 4, torch.arange(LENGTH)
+    q, k, h = index[:, None], index[None], torch.arange(heads)[:, None, None]
+    admitted = torch.zeros(heads, LENGTH, LENGTH, dtype=torch.long)
+    for part in pattern.parts:
+        seen = part.mask_mod(q * 0, h, q, k).expand_as(admitted)
+        admitted += seen
+        for start in range(LENGTH):
+            queries = torch.arange(start, LENGTH, part.stride)
+            near = torch.zeros(heads, LENGTH, dtype=torch.bool)
+            last = min((start // part.stride // part.block_size + 1) * part.block_size * part.stride, LENGTH)
+            queries = queries[queries < last]
+            for low, high, step in part.candidates(start, int(queries[-1]) + 1):
+                near[:, max(low, low % step) : high : step] = True
+            if part.by_head:
+                found = part.by_head(start, int(queries[-1]) + 1, heads)
+                for head in range(heads):
+                    near[head, found[head][found[head] >= 0]] = True
+            assert not (seen[:, queries].any(dim=1) & ~near).any()
+            if part.exact:
+                assert torch.equal(seen[:, queries], near[:, None] & (k <= queries[:, None]))
+    assert torch.equal(admitted, by_head(pattern, heads).long())

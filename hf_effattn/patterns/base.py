@@ -11,47 +11,11 @@ from typing import Any
 
 import torch
 
+from ..notation import whole_number
 from ..registry import Registry
+from .drawing import Drawing
 from .parts import MaskMod, Parts, union
-
-
-@dataclass(frozen=True)
-class Retention:
-    """What a cache must keep: key k may be forgotten at query q unless `q − k < window` or k is pinned.
-
-    Args:
-        window: Number of most recent positions kept, the query's own included; None keeps every key.
-        pinned: Positions kept forever.
-    """
-
-    window: int | None = None
-    pinned: frozenset[int] = frozenset()
-
-    def keeps(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """Return, for integer positions `query` and `key` of broadcastable shape, whether the key is still kept."""
-        if self.window is None:
-            return torch.ones_like(query - key, dtype=torch.bool)
-        pinned = torch.isin(key, torch.tensor(sorted(self.pinned), dtype=key.dtype, device=key.device))
-        return (query - key < self.window) | pinned
-
-    def __or__(self, other: Retention) -> Retention:
-        """Keep what either keeps."""
-        if self.window is None or other.window is None:
-            return Retention()
-        return Retention(max(self.window, other.window), self.pinned | other.pinned)
-
-    def __and__(self, other: Retention) -> Retention:
-        """Keep what both keep (and possibly a little more: the result is again a window and pinned positions)."""
-        if self.window is None:
-            return other
-        if other.window is None:
-            return self
-        window = min(self.window, other.window)
-        if self.pinned - other.pinned:
-            window = max(window, other.window)
-        if other.pinned - self.pinned:
-            window = max(window, self.window)
-        return Retention(window, self.pinned & other.pinned)
+from .retention import Retention
 
 
 @dataclass(frozen=True)
@@ -138,6 +102,21 @@ class Pattern:
         """Return how many keys the query at `position` (from 0) sees, its own included: in the head that sees most."""
         keys = torch.arange(position + 1)[None]
         return int(self.visible(torch.tensor([[position]]), keys, self.num_heads or 1).sum(dim=-1).max())
+
+    def show(self, length: int = 48, head: int = 0) -> Drawing:
+        """Draw what the queries of a text see: `print(pattern.show(48))`, `pattern.show(512).save("pattern.png")`.
+
+        Args:
+            length: Tokens of the text.
+            head: Query head, for patterns that differ by head.
+        """
+        whole_number("length", length, 1)
+        heads = self.num_heads or whole_number("head", head, 0) + 1
+        if head not in range(heads):
+            raise ValueError(f"head must be one of 0 to {heads - 1}; got {head}")
+        index = torch.arange(length)[None]
+        visible = self.visible(index, index, heads).expand(1, heads, length, length)[0, head]
+        return Drawing(self.describe(), visible)
 
     def describe(self) -> str:
         """Return the pattern as one would write it: `streaming(window=512, num_sinks=4)`."""

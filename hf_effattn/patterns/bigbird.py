@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 from ..notation import whole_number
-from .base import Pattern, Retention, register_pattern
+from .base import Pattern, register_pattern
 from .parts import Part
+from .retention import Retention
 
 WINDOW = 3  # blocks: the query's own and two before
 MIX = 0x45D9F3B

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import torch
 
 from ..notation import whole_number
-from .base import Pattern, Retention, register_pattern
+from .base import Pattern, register_pattern
 from .parts import Part, Ranges
+from .retention import Retention
 
 
 @register_pattern("global_tokens")

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 
 from ..notation import whole_number
-from .base import Band, Pattern, Retention, register_pattern
+from .base import Band, Pattern, register_pattern
 from .parts import Part, query_block
+from .retention import Retention
 
 
 @register_pattern("sliding_window")
