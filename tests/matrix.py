@@ -30,6 +30,7 @@ from hf_effattn.patterns import (
     strided,
 )
 from hf_effattn.recurrences import RECURRENCES
+from hf_effattn.selectors import SELECTORS
 
 # A value for every option a pattern may have; small, so that tiny texts meet all cases.
 PATTERN_OPTIONS = {
@@ -108,6 +109,10 @@ def cases() -> list[Case]:
             except ValueError:
                 continue
             found.append(Case(f"{name}-{backend}", "sparse", {"pattern": pattern, "backend": backend}))
+    for name in SELECTORS:
+        for backend in ("auto", "reference"):
+            options = {"selector": name, "block_size": 8, "num_blocks": 3, "backend": backend}
+            found.append(Case(f"{name}-{backend}", "sparse", options))
     return found
 
 

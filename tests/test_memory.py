@@ -17,7 +17,10 @@ from hf_effattn.ops.linear import LinearState
 
 on_every_model = pytest.mark.parametrize("model", MODELS)
 BOUNDED = [
-    case for case in ONE_CASE_EACH if case.mechanism == "linear" or case.options["pattern"].retention.window is not None
+    case
+    for case in ONE_CASE_EACH
+    if case.mechanism == "linear"
+    or ("pattern" in case.options and case.options["pattern"].retention.window is not None)
 ]
 
 

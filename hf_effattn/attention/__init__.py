@@ -6,6 +6,7 @@ from ..config import MechanismConfig
 from .base import MECHANISMS, Call, HeadGeometry, Mechanism
 from .hybrid import HybridAttention
 from .linear import LinearAttention
+from .selected import SelectedAttention
 from .sparse import SparseAttention
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "HybridAttention",
     "LinearAttention",
     "Mechanism",
+    "SelectedAttention",
     "SparseAttention",
     "make_mechanism",
 ]

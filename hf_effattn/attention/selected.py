@@ -1,0 +1,119 @@
+"""Sparse attention over blocks that each query selects by content, from all keys and a summary of each block."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..cache import KeyValueState, KeyValueStore
+from ..config import SparseConfig
+from ..notation import may_overwrite
+from ..ops.selected import Selection, selected_attention, step
+from ..patterns import Retention
+from ..selectors import SELECTORS
+from .base import MECHANISMS, Call, HeadGeometry, Mechanism
+
+
+class SelectedState(NamedTuple):
+    """All keys and values, and what the selector knows of each block of them.
+
+    Args:
+        store: Keys and values; a token's slot is its position.
+        summary: `[B, G, N, P, D]`, float32.
+    """
+
+    store: KeyValueState
+    summary: torch.Tensor
+
+
+@MECHANISMS.register("selected")
+class SelectedAttention(Mechanism):
+    """Softmax attention over the blocks that each query selects (see `hf_effattn.selectors`); nothing is learned.
+
+    Args:
+        config: Selector, block size, number of blocks, backend.
+        geometry: Heads and head dimension of the layer.
+    """
+
+    options: SparseConfig
+
+    def __init__(self, config: SparseConfig, geometry: HeadGeometry) -> None:
+        super().__init__(config, geometry)
+        assert config.selector is not None
+        self.selector = SELECTORS.get(config.selector)()
+        self.block_size, self.num_blocks = config.selection()
+        self.store = KeyValueStore(Retention())
+
+    def attend(
+        self, state: SelectedState | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+    ) -> tuple[torch.Tensor, SelectedState]:
+        if state is None:
+            empty = self.store.empty(key, value)
+            state = SelectedState(empty, self._summary(empty))
+        before = self.store.matching(state.store, key)
+        store = self.store.append(before, key, value, call.lengths, call.in_place)
+        one = query.shape[2] == 1
+        summary = self._extended(state.summary, before, store, key, call) if one else self._summary(store)
+        positions = before.num_tokens[:, None] + torch.arange(query.shape[2], device=query.device)
+        selection = Selection(self.selector, self.block_size, self.num_blocks, call.scale)
+        tensors = (query, store.keys, store.values, summary, positions, selection)
+        if one and self.options.backend != "reference":
+            return step(*tensors), SelectedState(store, summary)
+        return selected_attention(*tensors, backend=self.options.backend), SelectedState(store, summary)
+
+    def fixed(self, state: SelectedState, max_length: int) -> SelectedState:
+        store = self.store.fixed(state.store, max_length)
+        return SelectedState(store, self._grown(state.summary, store.keys.shape[2]))
+
+    def num_visible(self, context_length: int) -> int:
+        return min(context_length, self.num_blocks * self.block_size)
+
+    def cache_bytes(self, context_length: int, dtype: torch.dtype) -> int:
+        g = self.geometry
+        blocks = self.store.num_slots(context_length) // self.block_size
+        summary = g.num_kv_heads * blocks * self.selector.num_vectors * g.head_dim * torch.float32.itemsize
+        return summary + self.store.nbytes(context_length, g.num_kv_heads, g.head_dim, g.value_dim, dtype)
+
+    def flops_per_token(self, context_length: int) -> int:
+        g = self.geometry
+        blocks = -(-context_length // self.block_size)
+        scores = 2 * g.num_heads * blocks * self.selector.num_vectors * g.head_dim
+        return scores + g.softmax_flops(self.num_visible(context_length))
+
+    def backend(self, device: str = "cpu") -> str:
+        return "masked" if self.options.backend == "auto" else self.options.backend
+
+    def describe(self) -> str:
+        return f"sparse {self.options.selector}(block_size={self.block_size}, num_blocks={self.num_blocks})"
+
+    def _summary(self, store: KeyValueState) -> torch.Tensor:
+        """Summaries of all blocks of the store, the one that is not full included."""
+        keys = store.keys.detach().unflatten(2, (-1, self.block_size))
+        real = (store.positions >= 0).view(store.positions.shape[0], 1, *keys.shape[2:4], 1)
+        return self.selector.summary(keys, real)
+
+    def _extended(
+        self, summary: torch.Tensor, before: KeyValueState, store: KeyValueState, key: torch.Tensor, call: Call
+    ) -> torch.Tensor:
+        """Summaries after one more token in every row, or in those that get one."""
+        summary = self._grown(summary, store.keys.shape[2])
+        if not (call.in_place and may_overwrite(summary)):
+            summary = summary.clone()
+        key = key.detach()[:, :, 0]
+        if before.least == before.most and call.lengths is None:
+            block, place = divmod(before.most, self.block_size)
+            summary[:, :, block] = self.selector.extended(summary[:, :, block], key, place == 0)
+            return summary
+        index = (before.num_tokens // self.block_size)[:, None, None, None, None]
+        index = index.expand(-1, summary.shape[1], 1, *summary.shape[3:])
+        first = (before.num_tokens % self.block_size == 0)[:, None, None, None]
+        old = summary.gather(2, index)[:, :, 0]
+        new = self.selector.extended(old, key, first)
+        if call.lengths is not None:
+            new = torch.where((call.lengths > 0)[:, None, None, None], new, old)
+        return summary.scatter_(2, index, new[:, :, None])
+
+    def _grown(self, summary: torch.Tensor, slots: int) -> torch.Tensor:
+        missing = slots // self.block_size - summary.shape[2]
+        return torch.nn.functional.pad(summary, (0, 0, 0, 0, 0, missing)) if missing > 0 else summary

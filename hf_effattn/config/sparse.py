@@ -1,0 +1,128 @@
+"""The options of sparse attention."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from ..notation import whole_number
+from ..patterns import PATTERNS, Pattern, make_pattern, pattern_from_spec
+from ..patterns.base import is_registered, pattern_options, with_seed
+from ..selectors import FORCED, SELECTORS
+from .base import CONFIGS, MechanismConfig
+
+BLOCK_SIZES = (8, 16, 32, 64, 128, 256)  # that the store of keys is made of
+
+
+@CONFIGS.register("sparse")
+@dataclass(frozen=True, kw_only=True)
+class SparseConfig(MechanismConfig):
+    """Options of sparse attention: softmax over the keys that a pattern shows, and a cache that keeps no more.
+
+    Args:
+        pattern: Name of a registered pattern, or a `Pattern` such as `sliding_window(64) | sinks(4)`.
+        window, num_sinks, positions, stride, num_summary, group_size, block_size, num_random, seed: Options of the
+            named pattern; which of them it takes, and what they mean, its factory in `hf_effattn.patterns` says. None
+            leaves the factory's default.
+        selector: Name of a selector, instead of a pattern: each query chooses `num_blocks` blocks of `block_size` keys
+            by content, the first block and its own among them (see `hf_effattn.selectors`).
+        backend: "auto", "banded" (windows and sinks only), "gathered" (any pattern whose keys are known beforehand, on
+            a CPU), "masked" (any pattern, in the time of dense attention), or "reference" (slow: for tests).
+    """
+
+    mechanism: ClassVar[str] = "sparse"
+    backends: ClassVar[tuple[str, ...]] = ("auto", "banded", "gathered", "masked", "reference")
+
+    pattern: str | Pattern = "streaming"
+    window: int | Sequence[int] | None = None
+    num_sinks: int | None = None
+    positions: Sequence[int] | None = None
+    stride: int | None = None
+    num_summary: int | None = None
+    group_size: int | None = None
+    block_size: int | None = None
+    num_random: int | None = None
+    seed: int | None = None
+    selector: str | None = None
+    num_blocks: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("positions", "window"):
+            if isinstance(getattr(self, name), Sequence):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.selector is not None:
+            self.selection()
+            return
+        pattern = self.resolve()
+        if self.backend == "banded" and not pattern.is_windowed:
+            raise ValueError(
+                f"backend 'banded' computes windows, with or without sinks; {pattern.describe()} is none: "
+                "use 'auto', 'masked' or 'reference'"
+            )
+
+    @property
+    def kind(self) -> str:
+        return "sparse" if self.selector is None else "selected"
+
+    def selection(self) -> tuple[int, int]:
+        """Return block size and number of blocks of the selector."""
+        assert self.selector is not None
+        selector, given = SELECTORS.get(self.selector), self._given()
+        wrong = sorted(set(given) - {"block_size", "num_blocks"})
+        if wrong or self.pattern != type(self).pattern:
+            raise ValueError(
+                f"{(wrong or ['pattern'])[0]} belongs to patterns; a selector takes block_size and num_blocks only"
+            )
+        if self.backend not in ("auto", "masked", "reference"):
+            raise ValueError(f"unknown backend {self.backend!r} of a selector; valid: auto, masked, reference")
+        block_size = given.get("block_size", selector.block_size)
+        if block_size not in BLOCK_SIZES:
+            raise ValueError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}; got {block_size!r}")
+        return block_size, whole_number("num_blocks", given.get("num_blocks", selector.num_blocks), FORCED)
+
+    def _given(self) -> dict[str, Any]:
+        """The options of pattern or selector that are not left to their defaults."""
+        names = (name for name in self.options() if name not in ("pattern", "backend", "selector"))
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    def resolve(self) -> Pattern:
+        """Return the pattern these options describe."""
+        given = self._given()
+        if isinstance(self.pattern, str):
+            return make_pattern(self.pattern, given)
+        if not isinstance(self.pattern, Pattern):
+            raise TypeError(f"pattern must be a Pattern or one of {PATTERNS.names()}; got {self.pattern!r}")
+        if not is_registered(self.pattern.spec):
+            raise ValueError(
+                f"{self.pattern.describe()} has a part made by hand, which cannot be saved; make patterns in a factory "
+                "under @register_pattern(name)"
+            )
+        if given:
+            raise ValueError(f"{sorted(given)} belong to named patterns; {self.pattern.describe()} has its own")
+        return self.pattern
+
+    def for_layer(self, index: int) -> MechanismConfig:
+        if self.selector is not None:
+            return self
+        spec = with_seed(self.resolve().spec, index)
+        return self if spec is None else SparseConfig(pattern=pattern_from_spec(spec), backend=self.backend)
+
+    def to_dict(self) -> dict[str, Any]:
+        if self.selector is not None:
+            block_size, num_blocks = self.selection()
+            chosen = {"selector": self.selector, "block_size": block_size, "num_blocks": num_blocks}
+            return {"mechanism": self.mechanism, **chosen, "backend": self.backend}
+        return {"mechanism": self.mechanism, "pattern": copy.deepcopy(self.resolve().spec), "backend": self.backend}
+
+    @classmethod
+    def from_options(cls, options: dict[str, Any]) -> MechanismConfig:
+        """Build from keywords; a registered pattern may have options that are no fields of this class."""
+        name = options.get("pattern", cls.pattern)
+        own = [key for key in options if key not in cls.options()]
+        if own and name in PATTERNS and set(own) <= pattern_options(name):
+            given = {key: value for key, value in options.items() if key not in ("pattern", "backend")}
+            options = {"pattern": make_pattern(name, given), "backend": options.get("backend", "auto")}
+        return super().from_options(options)

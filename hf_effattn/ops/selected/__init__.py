@@ -1,0 +1,50 @@
+"""Softmax attention over blocks of keys that each query selects: validation and the choice of the backend."""
+
+from __future__ import annotations
+
+import torch
+
+from ...notation import check_heads
+from . import masked, reference
+from .recurrent import step
+from .selection import Selection
+
+BACKENDS = {"reference": reference.selected_attention, "masked": masked.selected_attention}
+
+__all__ = ["BACKENDS", "Selection", "selected_attention", "step"]
+
+
+def selected_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    summary: torch.Tensor,
+    positions: torch.Tensor,
+    selection: Selection,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Compute `softmax(q·kᵀ · scale over the keys of the selected blocks up to the query's) v`.
+
+    Gradients go through the attention, not through the choice.
+
+    Args:
+        query: `[B, H, T, D]`.
+        key: `[B, G, S, D]`, key j at position j, the queries' own among them; S a multiple of the block size. What lies
+            behind the last query of a row is seen by nobody.
+        value: `[B, G, S, V]`.
+        summary: Of each block `[B, G, N, P, D]`, float32; that of blocks which are not full is not read.
+        positions: Of the queries `[B or 1, T]`.
+        selection: Selector, sizes, scale.
+        backend: "reference", "masked" or "auto".
+
+    Raises:
+        ValueError: if shapes do not fit together, or for an unknown backend.
+    """
+    check_heads(query, key, value, "D")
+    size = selection.block_size
+    if key.shape[2] % size or summary.shape[2] != key.shape[2] // size:
+        raise ValueError(f"{key.shape[2]} keys are not {summary.shape[2]} blocks of {size}")
+    backend = "masked" if backend == "auto" else backend
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; valid: auto, {', '.join(BACKENDS)}")
+    return BACKENDS[backend](query, key, value, summary, positions, selection)
