@@ -17,6 +17,7 @@ FLOORS = {
     "recurrences": 1,
     "patterns": 1,
     "selectors": 1,
+    "evictions": 1,
     "config": 1.5,  # on floor 1, above the things it names
     "ops": 2,
     "cache": 3,

@@ -98,8 +98,11 @@ def test_bad_options_are_named() -> None:
         ({"selector": "best"}, "unknown selector 'best'; valid: moba, quest"),
         ({"selector": "quest", "block_size": 10}, "block_size must be one of 8, 16, .*; got 10"),
         ({"selector": "quest", "num_blocks": 1}, "num_blocks must be at least 2; got 1"),
-        ({"selector": "quest", "window": 10}, "window belongs to patterns"),
-        ({"selector": "quest", "pattern": "fixed"}, "pattern belongs to patterns"),
+        (
+            {"selector": "quest", "window": 10},
+            "window does not go with a selector, which takes block_size and",
+        ),
+        ({"selector": "quest", "pattern": "fixed"}, "pattern does not go with a selector"),
         ({"selector": "moba", "backend": "banded"}, "valid: auto, masked, reference"),
         ({"window": 8, "num_blocks": 4}, "'streaming' does not take .'num_blocks'."),
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..config import MechanismConfig
 from .base import MECHANISMS, Call, HeadGeometry, Mechanism
+from .evicting import EvictingAttention
 from .hybrid import HybridAttention
 from .linear import LinearAttention
 from .selected import SelectedAttention
@@ -12,6 +13,7 @@ from .sparse import SparseAttention
 __all__ = [
     "MECHANISMS",
     "Call",
+    "EvictingAttention",
     "HeadGeometry",
     "HybridAttention",
     "LinearAttention",

@@ -76,6 +76,7 @@ class Mechanism(nn.Module):
 
     before_rotary = False
     num_gates = 0  # E
+    needs_queries = False  # whether its state depends on queries, too
     undo_rotary: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None  # set where a layer rotates
 
     def __init__(self, config: MechanismConfig, geometry: HeadGeometry) -> None:
@@ -201,12 +202,17 @@ class Mechanism(nn.Module):
             output = rows.scatter(output)
         if cache_layer.max_length is not None:
             state = self.fixed(state, cache_layer.max_length)
-        cache_layer.commit(state, Pending(key, value, mask))
+        cache_layer.commit(state, Pending(key, value, mask, query if self.needs_queries else None))
         return output
 
     def _advance(self, state: Any, tokens: Pending, scale: float) -> Any:
         """Return the state after `tokens`, whose outputs were computed before."""
-        key, value, mask = tokens
+        key, value, mask, query = tokens
+        if self.needs_queries and query is None:
+            raise ValueError(
+                "the cache was filled by softmax attention or a learned prefix, without the queries that "
+                f"{self.describe()} goes by. Start with a new cache after converting"
+            )
         if key.shape[3] < self.key_width:  # keys of a softmax layer, or of a prefix
             if self.num_gates or self.undo_rotary is not None:
                 raise ValueError(
@@ -216,11 +222,13 @@ class Mechanism(nn.Module):
                 )
             key = torch.cat((key, key), dim=-1)
         call = Call(scale)
+        if query is None:
+            width = self.key_width - self.num_gates
+            query = key.new_zeros(key.shape[0], self.geometry.num_heads, key.shape[2], width)
         if mask is not None:
             rows = ragged.front(mask)
-            key, value, call = rows.gather(key), rows.gather(value), call._replace(lengths=rows.lengths)
-        width = self.key_width - self.num_gates
-        query = key.new_zeros(key.shape[0], self.geometry.num_heads, key.shape[2], width)
+            query, key, value = (rows.gather(x) for x in (query, key, value))
+            call = call._replace(lengths=rows.lengths)
         return self.attend(state, query, key, value, call)[1]
 
 

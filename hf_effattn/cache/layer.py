@@ -18,11 +18,19 @@ class Pending(NamedTuple):
     Args:
         key, value: `[B, G, T, ·]`.
         padding_mask: `[B, T]`, True = keep, or None if all are real.
+        query: `[B, H, T, D]`, for mechanisms whose state depends on queries; else None.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     padding_mask: torch.Tensor | None
+    query: torch.Tensor | None = None
+
+    def part(self, end: int) -> Pending:
+        """Return the first `end` tokens."""
+        key, value, mask, query = self
+        cut_mask, cut_query = None if mask is None else mask[:, :end], None if query is None else query[:, :, :end]
+        return Pending(key[:, :, :end], value[:, :, :end], cut_mask, cut_query)
 
 
 class EffAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
@@ -133,9 +141,8 @@ class EffAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             )
         if self.pending is None:
             return
-        key, value, mask = self.pending
         keep = held - number
-        self.pending = Pending(key[:, :, :keep], value[:, :, :keep], None if mask is None else mask[:, :keep])
+        self.pending = self.pending.part(keep)
         self.num_seen -= number
         self.confirmed = True
         if not keep:
@@ -200,4 +207,8 @@ def _joined(first: Pending, second: Pending) -> Pending:
             for p in (first, second)
         ]
         mask = torch.cat(parts, dim=1)
-    return Pending(torch.cat((first.key, second.key), dim=2), torch.cat((first.value, second.value), dim=2), mask)
+    query = None
+    if first.query is not None and second.query is not None:
+        query = torch.cat((first.query, second.query), dim=2)
+    key, value = torch.cat((first.key, second.key), dim=2), torch.cat((first.value, second.value), dim=2)
+    return Pending(key, value, mask, query)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from ..evictions import EVICTIONS
 from ..notation import whole_number
 from ..patterns import PATTERNS, Pattern, make_pattern, pattern_from_spec
 from ..patterns.base import is_registered, pattern_options, with_seed
@@ -28,6 +29,8 @@ class SparseConfig(MechanismConfig):
             leaves the factory's default.
         selector: Name of a selector, instead of a pattern: each query chooses `num_blocks` blocks of `block_size` keys
             by content, the first block and its own among them (see `hf_effattn.selectors`).
+        eviction: Name of an eviction, instead of a pattern: the cache is reduced to `capacity` tokens after the prompt
+            and while decoding (see `hf_effattn.evictions`).
         backend: "auto", "banded" (windows and sinks only), "gathered" (any pattern whose keys are known beforehand, on
             a CPU), "masked" (any pattern, in the time of dense attention), or "reference" (slow: for tests).
     """
@@ -47,6 +50,8 @@ class SparseConfig(MechanismConfig):
     seed: int | None = None
     selector: str | None = None
     num_blocks: int | None = None
+    eviction: str | None = None
+    capacity: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,6 +60,9 @@ class SparseConfig(MechanismConfig):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.selector is not None:
             self.selection()
+        if self.eviction is not None:
+            self.kept()
+        if self.kind != "sparse":
             return
         pattern = self.resolve()
         if self.backend == "banded" and not pattern.is_windowed:
@@ -65,27 +73,39 @@ class SparseConfig(MechanismConfig):
 
     @property
     def kind(self) -> str:
-        return "sparse" if self.selector is None else "selected"
+        return "selected" if self.selector is not None else "evicting" if self.eviction is not None else "sparse"
 
     def selection(self) -> tuple[int, int]:
         """Return block size and number of blocks of the selector."""
         assert self.selector is not None
         selector, given = SELECTORS.get(self.selector), self._given()
-        wrong = sorted(set(given) - {"block_size", "num_blocks"})
-        if wrong or self.pattern != type(self).pattern:
-            raise ValueError(
-                f"{(wrong or ['pattern'])[0]} belongs to patterns; a selector takes block_size and num_blocks only"
-            )
-        if self.backend not in ("auto", "masked", "reference"):
-            raise ValueError(f"unknown backend {self.backend!r} of a selector; valid: auto, masked, reference")
+        self._refuse_others("a selector", ("block_size", "num_blocks"), ("auto", "masked", "reference"))
         block_size = given.get("block_size", selector.block_size)
         if block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}; got {block_size!r}")
         return block_size, whole_number("num_blocks", given.get("num_blocks", selector.num_blocks), FORCED)
 
+    def kept(self) -> int:
+        """Return the capacity of the eviction."""
+        EVICTIONS.get(self.eviction or "")
+        self._refuse_others("an eviction", ("capacity",), ("auto", "masked"))
+        if self.capacity is None:
+            raise ValueError(f"eviction {self.eviction!r} needs a capacity: the tokens a cache keeps")
+        return whole_number("capacity", self.capacity, 2)
+
+    def _refuse_others(self, kind: str, valid: tuple[str, ...], backends: tuple[str, ...]) -> None:
+        """Raise a ValueError for options that do not belong to a selector or an eviction."""
+        wrong = [name for name in self._given() if name not in valid]
+        wrong += [] if self.pattern == type(self).pattern else ["pattern"]
+        if wrong:
+            raise ValueError(f"{wrong[0]} does not go with {kind}, which takes {' and '.join(valid)}")
+        if self.backend not in backends:
+            raise ValueError(f"unknown backend {self.backend!r} of {kind}; valid: {', '.join(backends)}")
+
     def _given(self) -> dict[str, Any]:
         """The options of pattern or selector that are not left to their defaults."""
-        names = (name for name in self.options() if name not in ("pattern", "backend", "selector"))
+        own = {"selected": "selector", "evicting": "eviction"}.get(self.kind, "")
+        names = (name for name in self.options() if name not in ("pattern", "backend", own))
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def resolve(self) -> Pattern:
@@ -105,17 +125,21 @@ class SparseConfig(MechanismConfig):
         return self.pattern
 
     def for_layer(self, index: int) -> MechanismConfig:
-        if self.selector is not None:
+        if self.kind != "sparse":
             return self
         spec = with_seed(self.resolve().spec, index)
         return self if spec is None else SparseConfig(pattern=pattern_from_spec(spec), backend=self.backend)
 
     def to_dict(self) -> dict[str, Any]:
+        chosen: dict[str, Any]
         if self.selector is not None:
             block_size, num_blocks = self.selection()
             chosen = {"selector": self.selector, "block_size": block_size, "num_blocks": num_blocks}
-            return {"mechanism": self.mechanism, **chosen, "backend": self.backend}
-        return {"mechanism": self.mechanism, "pattern": copy.deepcopy(self.resolve().spec), "backend": self.backend}
+        elif self.eviction is not None:
+            chosen = {"eviction": self.eviction, "capacity": self.kept()}
+        else:
+            chosen = {"pattern": copy.deepcopy(self.resolve().spec)}
+        return {"mechanism": self.mechanism, **chosen, "backend": self.backend}
 
     @classmethod
     def from_options(cls, options: dict[str, Any]) -> MechanismConfig:
