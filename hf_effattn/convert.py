@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from . import integration
-from .architectures import ARCHITECTURES, find_undo, head_counts
+from .architectures import ARCHITECTURES, find_rotation, find_undo, head_counts
 from .attention import HeadGeometry, Mechanism, make_mechanism
 from .config import MechanismConfig, config_from_dict, make_config
 from .targets import Targets, choose_layers, find_targets, position_embeddings, refuse_offloaded
@@ -118,7 +118,9 @@ def _finish(model: PreTrainedModel, targets: Targets) -> None:
 def _make(config: MechanismConfig, targets: Targets, index: int, model: PreTrainedModel) -> Mechanism:
     module = targets.modules[index]
     mechanism = make_mechanism(config, HeadGeometry(*head_counts(module, model.config)))
-    if mechanism.before_rotary:
+    if mechanism.rolls:
+        mechanism.rotate = find_rotation(targets.architecture, module, model)  # type: ignore[assignment]
+    if mechanism.before_rotary or mechanism.rolls:
         mechanism.undo_rotary = find_undo(targets.architecture, module)
     # Quantised projections may have no floating-point parameters, or none at all: then the model's are asked.
     parameters = [*module.parameters(), *model.parameters()]

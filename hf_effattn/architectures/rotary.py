@@ -22,6 +22,7 @@ from .seam import forward_tree
 FUNCTION = "apply_rotary_pos_emb"
 UNDERSTOOD = re.compile(rf"(query_\w+), (key_\w+) = {FUNCTION}\(\1, \2, cos, sin\)")
 Undo = Callable[[torch.Tensor, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor]]
+Rotate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def find_undo(architecture: Architecture, module: nn.Module) -> Undo | None:
@@ -41,6 +42,37 @@ def find_undo(architecture: Architecture, module: nn.Module) -> Undo | None:
         f"queries and keys before rotary are needed, but how a {cls.__name__} rotates cannot be undone{how}; choose "
         "options that work after rotary"
     )
+
+
+def find_rotation(architecture: Architecture, module: nn.Module, model: nn.Module) -> Rotate:
+    """Return `rotate(x, positions)`, which turns heads before rotary `[B, H, T, D]` to positions `[B, T]`.
+
+    Raises:
+        ValueError: if the model has no rotary positions, has several kinds of them, or turns by angles that depend on
+            the length of the text.
+    """
+    embeddings = [m for name, m in model.named_modules() if name.rpartition(".")[2] == "rotary_emb"]
+    if find_undo(architecture, module) is None or len(embeddings) != 1:
+        raise ValueError(
+            f"rolling positions need one kind of rotary positions; this {type(model).__name__} has {len(embeddings)}"
+        )
+    kind = getattr(embeddings[0], "rope_type", "default")
+    if kind in ("dynamic", "longrope"):
+        raise ValueError(f"rolling positions do not go with angles that depend on the length (rope type {kind!r})")
+    return functools.partial(rotate_to, getattr(sys.modules[type(module).__module__], FUNCTION), embeddings[0])
+
+
+def rotate_to(
+    rotate: Callable[..., tuple[torch.Tensor, torch.Tensor]],
+    embedding: nn.Module,
+    x: torch.Tensor,
+    positions: torch.Tensor,
+) -> torch.Tensor:
+    """Turn x `[B, H, T, D]` to `positions` `[B, T]` by the family's function and its module of angles."""
+    cos, sin = embedding(x, positions)
+    size = cos.shape[-1]
+    turned, _ = rotate(x[..., :size], x[..., :size], cos, sin)
+    return torch.cat((turned.to(x.dtype), x[..., size:]), dim=-1)
 
 
 def undo_rotary(

@@ -7,6 +7,7 @@ from .base import MECHANISMS, Call, HeadGeometry, Mechanism
 from .evicting import EvictingAttention
 from .hybrid import HybridAttention
 from .linear import LinearAttention
+from .rolling import RollingAttention
 from .selected import SelectedAttention
 from .sparse import SparseAttention
 
@@ -18,6 +19,7 @@ __all__ = [
     "HybridAttention",
     "LinearAttention",
     "Mechanism",
+    "RollingAttention",
     "SelectedAttention",
     "SparseAttention",
     "make_mechanism",

@@ -76,6 +76,7 @@ class Mechanism(nn.Module):
 
     before_rotary = False
     num_gates = 0  # E
+    rolls = False  # whether it wants queries as they were before rotary, behind the others, and keys as they are
     needs_queries = False  # whether its state depends on queries, too
     undo_rotary: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None  # set where a layer rotates
 
@@ -157,6 +158,9 @@ class Mechanism(nn.Module):
         if self.before_rotary:
             assert before_rotary is not None
             query, key = (torch.cat(pair, dim=-1) for pair in zip((query, key), before_rotary, strict=True))
+        if self.rolls:
+            assert before_rotary is not None
+            query = torch.cat((query, before_rotary[0]), dim=-1)
         if self.num_gates:
             assert gates is not None
             key = torch.cat((key, gates.to(key.dtype)), dim=-1)
@@ -223,7 +227,7 @@ class Mechanism(nn.Module):
             key = torch.cat((key, key), dim=-1)
         call = Call(scale)
         if query is None:
-            width = self.key_width - self.num_gates
+            width = self.geometry.head_dim * (2 if self.before_rotary or self.rolls else 1)
             query = key.new_zeros(key.shape[0], self.geometry.num_heads, key.shape[2], width)
         if mask is not None:
             rows = ragged.front(mask)

@@ -14,6 +14,7 @@ from ..patterns.base import is_registered, pattern_options, with_seed
 from ..selectors import FORCED, SELECTORS
 from .base import CONFIGS, MechanismConfig
 
+POSITION_MODES = ("absolute", "rolling")
 BLOCK_SIZES = (8, 16, 32, 64, 128, 256)  # that the store of keys is made of
 
 
@@ -31,6 +32,8 @@ class SparseConfig(MechanismConfig):
             by content, the first block and its own among them (see `hf_effattn.selectors`).
         eviction: Name of an eviction, instead of a pattern: the cache is reduced to `capacity` tokens after the prompt
             and while decoding (see `hf_effattn.evictions`).
+        position_mode: "absolute", or "rolling" for windows with sinks, which lets rotary models read on without end
+            (see `hf_effattn.attention.rolling`).
         backend: "auto", "banded" (windows and sinks only), "gathered" (any pattern whose keys are known beforehand, on
             a CPU), "masked" (any pattern, in the time of dense attention), or "reference" (slow: for tests).
     """
@@ -52,19 +55,26 @@ class SparseConfig(MechanismConfig):
     num_blocks: int | None = None
     eviction: str | None = None
     capacity: int | None = None
+    position_mode: str = "absolute"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("positions", "window"):
             if isinstance(getattr(self, name), Sequence):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.position_mode not in POSITION_MODES:
+            raise ValueError(f"unknown position_mode {self.position_mode!r}; valid: {', '.join(POSITION_MODES)}")
         if self.selector is not None:
             self.selection()
         if self.eviction is not None:
             self.kept()
-        if self.kind != "sparse":
+        if self.kind in ("selected", "evicting"):
             return
         pattern = self.resolve()
+        if self.kind == "rolling" and not (pattern.is_windowed and pattern.band and pattern.band.num_sinks):
+            raise ValueError(f"position_mode='rolling' is for windows with sinks; {pattern.describe()} is none")
+        if self.kind == "rolling" and self.backend not in ("auto", "banded"):
+            raise ValueError(f"unknown backend {self.backend!r} of rolling positions; valid: auto, banded")
         if self.backend == "banded" and not pattern.is_windowed:
             raise ValueError(
                 f"backend 'banded' computes windows, with or without sinks; {pattern.describe()} is none: "
@@ -73,7 +83,11 @@ class SparseConfig(MechanismConfig):
 
     @property
     def kind(self) -> str:
-        return "selected" if self.selector is not None else "evicting" if self.eviction is not None else "sparse"
+        if self.selector is not None:
+            return "selected"
+        if self.eviction is not None:
+            return "evicting"
+        return "rolling" if self.position_mode == "rolling" else "sparse"
 
     def selection(self) -> tuple[int, int]:
         """Return block size and number of blocks of the selector."""
@@ -97,6 +111,7 @@ class SparseConfig(MechanismConfig):
         """Raise a ValueError for options that do not belong to a selector or an eviction."""
         wrong = [name for name in self._given() if name not in valid]
         wrong += [] if self.pattern == type(self).pattern else ["pattern"]
+        wrong += [] if self.position_mode == "absolute" else ["position_mode"]
         if wrong:
             raise ValueError(f"{wrong[0]} does not go with {kind}, which takes {' and '.join(valid)}")
         if self.backend not in backends:
@@ -105,7 +120,7 @@ class SparseConfig(MechanismConfig):
     def _given(self) -> dict[str, Any]:
         """The options of pattern or selector that are not left to their defaults."""
         own = {"selected": "selector", "evicting": "eviction"}.get(self.kind, "")
-        names = (name for name in self.options() if name not in ("pattern", "backend", own))
+        names = (name for name in self.options() if name not in ("pattern", "backend", "position_mode", own))
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     def resolve(self) -> Pattern:
@@ -139,6 +154,8 @@ class SparseConfig(MechanismConfig):
             chosen = {"eviction": self.eviction, "capacity": self.kept()}
         else:
             chosen = {"pattern": copy.deepcopy(self.resolve().spec)}
+            if self.kind == "rolling":
+                chosen["position_mode"] = self.position_mode
         return {"mechanism": self.mechanism, **chosen, "backend": self.backend}
 
     @classmethod
@@ -147,6 +164,7 @@ class SparseConfig(MechanismConfig):
         name = options.get("pattern", cls.pattern)
         own = [key for key in options if key not in cls.options()]
         if own and name in PATTERNS and set(own) <= pattern_options(name):
-            given = {key: value for key, value in options.items() if key not in ("pattern", "backend")}
-            options = {"pattern": make_pattern(name, given), "backend": options.get("backend", "auto")}
+            given = {k: v for k, v in options.items() if k not in ("pattern", "backend", "position_mode")}
+            kept = {k: v for k, v in options.items() if k in ("backend", "position_mode")}
+            options = {**kept, "pattern": make_pattern(name, given)}
         return super().from_options(options)

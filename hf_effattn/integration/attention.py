@@ -89,7 +89,7 @@ def effattn_attention(
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     mechanism: Any = module.effattn
     before = None
-    if mechanism.before_rotary:
+    if mechanism.before_rotary or mechanism.rolls:
         undo = mechanism.undo_rotary
         before = (query, key) if undo is None else undo(query, key, effattn_rotary)
     attend = functools.partial(

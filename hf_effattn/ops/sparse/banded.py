@@ -7,6 +7,7 @@ additive mask; only the first blocks of a row, where sinks and padding lie, comp
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
 from ...patterns import Band
 from ..blocks import Blocks, Tensors, in_blocks
@@ -17,10 +18,15 @@ from .masked import attend, attend_causal
 def sparse_attention(
     query: torch.Tensor, stream: Stream, band: Band, scale: float, dropout: float = 0.0
 ) -> torch.Tensor:
-    """Compute attention of `query` `[B, H, T, D]` over `stream` under `band`; the window must be at least 1."""
+    """Compute attention of `query` `[B, H, T, D]` over `stream` under `band`; the window must be at least 1.
+
+    Args:
+        query: Or `[B, H, T, 2D]`, where behind each query stands the form in which it meets the sinks.
+    """
+    dim, two_forms = stream.key.shape[3], query.shape[3] > stream.key.shape[3]
     tokens, past = query.shape[2], stream.key.shape[2] - query.shape[2]
     if past == 0 and tokens <= band.window:
-        return attend_causal(query, stream.key, stream.value, scale, dropout)
+        return attend_causal(query[..., :dim], stream.key, stream.value, scale, dropout)
     size = min(max(band.window // 4, 64), 256)
     cuts = [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
     reach = [(max(0, past + start - band.window + 1), past + end) for start, end in cuts]
@@ -30,7 +36,11 @@ def sparse_attention(
         block: int, carry: torch.Tensor | None, parts: Tensors, sinks: Tensors
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         (q, key, value), (low, high), num_sinks = parts, reach[block], sinks[0].shape[2]
-        if band.num_sinks:
+        if two_forms:
+            sink_key, key = functional.pad(sinks[0], (dim, 0)), functional.pad(key, (0, dim))
+            key, value = torch.cat((sink_key, key), dim=2), torch.cat((sinks[1], value), dim=2)
+            value = functional.pad(value, (0, 2 * dim - value.shape[3]))  # the fused kernel wants one width
+        elif band.num_sinks:
             key, value = torch.cat((sinks[0], key), dim=2), torch.cat((sinks[1], value), dim=2)
         if stream.least + low >= band.num_sinks:
             shape = (q.shape[2], high - low)
@@ -39,7 +49,7 @@ def sparse_attention(
             mask = masks[shape]
         else:
             mask = _edge_mask(stream, band, num_sinks, past + cuts[block][0], low, high)
-        return attend(q, key, value, mask, scale, dropout), None
+        return attend(q, key, value, mask, scale, dropout)[..., : stream.value.shape[3]], None
 
     ranges = [(cut, keys, keys) for cut, keys in zip(cuts, reach, strict=True)]
     blocks = Blocks(compute, ranges, (), stream.value.shape[-1], repeatable=not dropout)

@@ -1,0 +1,73 @@
+"""A window with sinks whose positions roll on: for streams far beyond the length a model was trained for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ..cache import KeyValueState
+from ..config import SparseConfig
+from ..notation import compute_dtype
+from ..ops.sparse import banded
+from .base import MECHANISMS, Call, HeadGeometry
+from .sparse import SparseAttention
+
+
+@MECHANISMS.register("rolling")
+class RollingAttention(SparseAttention):
+    """Sliding window and sinks with positions counted within the cache (StreamingLLM, Xiao 2023, arXiv 2309.17453).
+
+    Rotary scores depend on distances only, and within the window these are what they are. To the sinks the distance of
+    a query stops growing: it is turned as if at position `num_sinks + window − 1`, the last slot of a full cache. So
+    keys are kept as they are, and only the query meets the sinks in a form of its own.
+
+    Args:
+        config: A pattern that is a window with sinks.
+        geometry: Heads and head dimension of the layer.
+    """
+
+    rolls = True
+    rotate: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # set where a layer is converted
+
+    def __init__(self, config: SparseConfig, geometry: HeadGeometry) -> None:
+        super().__init__(config, geometry)
+        assert self.pattern.band is not None
+        self.band = self.pattern.band
+        self.last = self.band.num_sinks + self.band.window - 1
+
+    def attend(
+        self, state: KeyValueState | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+    ) -> tuple[torch.Tensor, KeyValueState]:
+        dim, tokens = self.geometry.head_dim, query.shape[2]
+        query, before = query[..., :dim], query[..., dim:]
+        state = self.store.empty(key, value) if state is None else self.store.matching(state, key)
+        if state.most + tokens - 1 <= self.last:  # no query has left the positions of the cache
+            return super().attend(state, query, key, value, call)
+        positions = state.num_tokens[:, None] + torch.arange(tokens, device=query.device)
+        rolled = self.rotate(before, positions.clamp(max=self.last))
+        if tokens == 1:
+            state = self.store.append(state, key, value, call.lengths, call.in_place)
+            return self._attend_rolled(state, query, rolled, call), state
+        stream = self.store.stream(state, key, value, self.band.window - 1)
+        both = torch.cat((query, rolled), dim=-1)
+        output = banded.sparse_attention(both, stream, self.band, call.scale, call.dropout)
+        return output, self.store.append(state, key, value, call.lengths) if call.keep_state else state
+
+    def describe(self) -> str:
+        return f"{super().describe()} rolling"
+
+    def _attend_rolled(
+        self, state: KeyValueState, query: torch.Tensor, rolled: torch.Tensor, call: Call
+    ) -> torch.Tensor:
+        """Attend with one query, the last token of `state`."""
+        batch, heads, _, _ = query.shape
+        sinks, kv_heads, dtype = self.band.num_sinks, state.keys.shape[1], compute_dtype(query.dtype)
+        folded = (x.reshape(batch, kv_heads, heads // kv_heads, -1).to(dtype) for x in (rolled, query))
+        keys = (x.to(dtype).transpose(2, 3) for x in (state.keys[:, :, :sinks], state.keys[:, :, sinks:]))
+        scores = torch.cat([torch.matmul(q, k) for q, k in zip(folded, keys, strict=True)], dim=-1).float() * call.scale
+        if state.least - self.store.num_leading < self.band.window:  # a slot may be empty
+            last = state.num_tokens[:, None] - 1
+            scores = scores.masked_fill(~self.pattern.visible(last, state.positions), -torch.inf)
+        weights = scores.softmax(dim=-1).to(dtype)
+        return torch.matmul(weights, state.values.to(dtype)).view(batch, heads, 1, -1).to(query.dtype)
