@@ -19,7 +19,11 @@ CONFIGS = {
     "linear default": LinearConfig(),
     "streaming 256+4": SparseConfig(window=256, num_sinks=4),
     "streaming 1024+4": SparseConfig(window=1024, num_sinks=4),
+    "strided 128": SparseConfig(pattern="strided", stride=128),
+    "fixed 128+8": SparseConfig(pattern="fixed", stride=128),
+    "bigbird 64+3": SparseConfig(pattern="bigbird"),
 }
+DECODED = {"moba 16 of 64": SparseConfig(selector="moba")}  # measured in decoding only
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Bench:
         return [x.to(self.device, self.dtype).transpose(1, 2) for x in made]
 
     def mechanism(self, name: str) -> torch.nn.Module:
-        return make_mechanism(CONFIGS[name], self.heads).to(self.device, self.dtype).eval()
+        return make_mechanism((CONFIGS | DECODED)[name], self.heads).to(self.device, self.dtype).eval()
 
     def chunk_flops(self, features: int, chunk: int) -> int:
         """Floating-point operations a token of linear attention in chunks, its products within a chunk in full."""

@@ -9,16 +9,19 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from layers import CONFIGS, Bench
+from layers import CONFIGS, DECODED, Bench
 from models import load
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import DynamicLayer
 
 from hf_effattn import convert_attention
 from hf_effattn.cache import EffAttnCacheLayer
 from hf_effattn.ops.linear import linear_attention
+from hf_effattn.patterns import streaming
 
 Run = Callable[[], object]
+MASKED_TO, FLEX_TO = 4096, 16384
 QUADRATIC_TO = 2048  # tokens up to which the plain quadratic form is measured
 FEATURES = 128  # of the variant whose features are given
 GIVEN = "linear, features given"
@@ -58,7 +61,29 @@ def prefill(bench: Bench, length: int) -> dict[str, Run]:
     runs[GIVEN] = lambda: linear_attention(features[0], features[1], v)
     for name in CONFIGS:
         runs[name] = functools.partial(bench.mechanism(name), q, k, v, scale=bench.scale)
-    return runs | flash_linear_attention(bench, features, v)
+    return runs | flash_linear_attention(bench, features, v) | windows(bench, q, k, v)
+
+
+def windows(bench: Bench, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Run]:
+    """What PyTorch has for the window of 256 with 4 sinks: a mask of all pairs, and compiled FlexAttention."""
+    length, device = q.shape[2], bench.device
+    pattern = streaming(256, 4)
+    runs: dict[str, Run] = {}
+    if length <= MASKED_TO:
+        index = torch.arange(length, device=device)[None]
+        mask = pattern.visible(index, index)[0]
+        masked = functools.partial(scaled_dot_product_attention, attn_mask=mask, enable_gqa=True)
+        runs["SDPA under a mask, 256+4"] = lambda: masked(q, k, v)
+    if length <= FLEX_TO:
+        blocks = create_block_mask(pattern.mask_mod, None, None, length, length, device=device)
+        flex = _compiled_flex()
+        runs["FlexAttention compiled, 256+4"] = lambda: flex(q, k, v, block_mask=blocks, enable_gqa=True)
+    return runs
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., torch.Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def flash_linear_attention(bench: Bench, features: list[torch.Tensor], v: torch.Tensor) -> dict[str, Run]:
@@ -82,7 +107,7 @@ def decode(bench: Bench, length: int) -> dict[str, Run]:
     runs: dict[str, Run] = {**yardstick(bench), "add_ dispatch": lambda: base.add_(1.0)}
     runs["dense DynamicCache"] = _dense_step(k, v, one)
     runs["dense, preallocated"] = _preallocated_step(k, v, one)
-    return runs | {name: _converted_step(bench, name, (q, k, v), one) for name in CONFIGS}
+    return runs | {name: _converted_step(bench, name, (q, k, v), one) for name in (*CONFIGS, *DECODED)}
 
 
 def _dense_step(k: torch.Tensor, v: torch.Tensor, one: list[torch.Tensor]) -> Run:
@@ -117,7 +142,10 @@ def _converted_step(bench: Bench, name: str, text: tuple[torch.Tensor, ...], one
         layer.claim(tokens[1].shape[2])
         net(*tokens, scale=bench.scale, cache_layer=layer)
 
-    call(*text)
+    if name in DECODED:
+        layer.ingest(*text[1:])  # without the time of a prefill
+    else:
+        call(*text)
     return lambda: call(*one)
 
 

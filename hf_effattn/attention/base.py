@@ -102,6 +102,10 @@ class Mechanism(nn.Module):
         """
         raise NotImplementedError
 
+    def advance(self, state: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call) -> Any:
+        """Return the state after the T tokens; as `attend`, for mechanisms that need no output for it."""
+        return self.attend(state, query, key, value, call)[1]
+
     def read_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the mechanism wants to know of the layer's input `[B, T, ·]`: `[B, G, T, E]`."""
         raise NotImplementedError
@@ -233,7 +237,7 @@ class Mechanism(nn.Module):
             rows = ragged.front(mask)
             query, key, value = (rows.gather(x) for x in (query, key, value))
             call = call._replace(lengths=rows.lengths)
-        return self.attend(state, query, key, value, call)[1]
+        return self.advance(state, query, key, value, call)
 
 
 def _only_trailing_padding(segments: torch.Tensor) -> bool:

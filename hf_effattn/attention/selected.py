@@ -48,19 +48,28 @@ class SelectedAttention(Mechanism):
     def attend(
         self, state: SelectedState | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, SelectedState]:
+        tokens = query.shape[2]
+        positions = torch.arange(tokens, device=query.device)[None]
+        if state is not None:
+            positions = positions + state.store.num_tokens[:, None]
+        state = self.advance(state, query, key, value, call)
+        selection = Selection(self.selector, self.block_size, self.num_blocks, call.scale)
+        tensors = (query, state.store.keys, state.store.values, state.summary, positions, selection)
+        if tokens == 1 and self.options.backend != "reference":
+            return step(*tensors), state
+        return selected_attention(*tensors, backend=self.options.backend), state
+
+    def advance(
+        self, state: SelectedState | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+    ) -> SelectedState:
         if state is None:
             empty = self.store.empty(key, value)
             state = SelectedState(empty, self._summary(empty))
         before = self.store.matching(state.store, key)
         store = self.store.append(before, key, value, call.lengths, call.in_place)
-        one = query.shape[2] == 1
-        summary = self._extended(state.summary, before, store, key, call) if one else self._summary(store)
-        positions = before.num_tokens[:, None] + torch.arange(query.shape[2], device=query.device)
-        selection = Selection(self.selector, self.block_size, self.num_blocks, call.scale)
-        tensors = (query, store.keys, store.values, summary, positions, selection)
-        if one and self.options.backend != "reference":
-            return step(*tensors), SelectedState(store, summary)
-        return selected_attention(*tensors, backend=self.options.backend), SelectedState(store, summary)
+        if key.shape[2] == 1:
+            return SelectedState(store, self._extended(state.summary, before, store, key, call))
+        return SelectedState(store, self._summary(store))
 
     def fixed(self, state: SelectedState, max_length: int) -> SelectedState:
         store = self.store.fixed(state.store, max_length)

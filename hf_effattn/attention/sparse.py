@@ -49,6 +49,12 @@ class SparseAttention(Mechanism):
             output = self._attend_positions(state, query, key, value, call)
         return output, self.store.append(state, key, value, call.lengths) if call.keep_state else state
 
+    def advance(
+        self, state: KeyValueState | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+    ) -> KeyValueState:
+        state = self.store.empty(key, value) if state is None else self.store.matching(state, key)
+        return self.store.append(state, key, value, call.lengths)
+
     def fixed(self, state: KeyValueState, max_length: int) -> KeyValueState:
         return self.store.fixed(state, max_length)
 
