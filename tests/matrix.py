@@ -110,7 +110,7 @@ def cases() -> list[Case]:
                 continue
             found.append(Case(f"{name}-{backend}", "sparse", {"pattern": pattern, "backend": backend}))
     for name in SELECTORS:
-        for backend in ("auto", "reference"):
+        for backend in ("auto", "gathered", "reference"):
             options = {"selector": name, "block_size": 8, "num_blocks": 3, "backend": backend}
             found.append(Case(f"{name}-{backend}", "sparse", options))
     return found

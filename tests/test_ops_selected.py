@@ -42,11 +42,12 @@ def test_fast_is_slow(name: str, batch: int, blocks: int, first: int, number: in
     leaves = [q, k.requires_grad_(), v.requires_grad_()]
     selection = Selection(SELECTORS.get(name)(), SIZE, number, 0.25)
     found = {}
-    for backend in ("reference", "masked"):
+    for backend in ("reference", "masked", "gathered"):
         output = selected_attention(*leaves, summary, positions, selection, backend)
         found[backend] = [output, *torch.autograd.grad(output.square().sum(), leaves)]
-    for index, (actual, expected) in enumerate(zip(found["masked"], found["reference"], strict=True)):
-        assert relative(actual, expected) <= (2e-6 if index else 1e-6)
+    for backend in ("masked", "gathered"):
+        for index, (actual, expected) in enumerate(zip(found[backend], found["reference"], strict=True)):
+            assert relative(actual, expected) <= (2e-6 if index else 1e-6), (backend, index)
     for at in range(q.shape[2]):
         one = step(q[:, :, at : at + 1], k, v, summary, positions[:, at : at + 1], selection)
         assert relative(one, found["reference"][0][:, :, at : at + 1]) <= 1e-6
@@ -58,11 +59,12 @@ def test_bfloat16_stays_within_its_rounding(name: str) -> None:
     leaves = [x.bfloat16().requires_grad_() for x in (q, k, v)]
     selection, positions = Selection(SELECTORS.get(name)(), SIZE, 4, 0.25), torch.arange(160)[None]
     found = {}
-    for backend in ("reference", "masked"):
+    for backend in ("reference", "masked", "gathered"):
         output = selected_attention(*leaves, summary, positions, selection, backend)
         found[backend] = [output, *torch.autograd.grad(output.float().square().sum(), leaves)]
-    for index, (actual, expected) in enumerate(zip(found["masked"], found["reference"], strict=True)):
-        assert relative(actual, expected) <= (1e-2 if index else 6e-3)
+    for backend in ("masked", "gathered"):
+        for index, (actual, expected) in enumerate(zip(found[backend], found["reference"], strict=True)):
+            assert relative(actual, expected) <= (1e-2 if index else 6e-3), (backend, index)
 
 
 @every_selector
@@ -103,7 +105,7 @@ def test_bad_options_are_named() -> None:
             "window does not go with a selector, which takes block_size and",
         ),
         ({"selector": "quest", "pattern": "fixed"}, "pattern does not go with a selector"),
-        ({"selector": "moba", "backend": "banded"}, "valid: auto, masked, reference"),
+        ({"selector": "moba", "backend": "banded"}, "valid: auto, gathered, masked, reference"),
         ({"window": 8, "num_blocks": 4}, "'streaming' does not take .'num_blocks'."),
     ):
         with pytest.raises(ValueError, match=message):

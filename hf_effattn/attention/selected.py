@@ -9,7 +9,7 @@ import torch
 from ..cache import KeyValueState, KeyValueStore
 from ..config import SparseConfig
 from ..notation import may_overwrite
-from ..ops.selected import Selection, selected_attention, step
+from ..ops.selected import Selection, choose_backend, selected_attention, step
 from ..patterns import Retention
 from ..selectors import SELECTORS
 from .base import MECHANISMS, Call, HeadGeometry, Mechanism
@@ -91,7 +91,7 @@ class SelectedAttention(Mechanism):
         return scores + g.softmax_flops(self.num_visible(context_length))
 
     def backend(self, device: str = "cpu") -> str:
-        return "masked" if self.options.backend == "auto" else self.options.backend
+        return choose_backend(self.options.backend, device, self.block_size)
 
     def describe(self) -> str:
         return f"sparse {self.options.selector}(block_size={self.block_size}, num_blocks={self.num_blocks})"

@@ -93,7 +93,7 @@ class SparseConfig(MechanismConfig):
         """Return block size and number of blocks of the selector."""
         assert self.selector is not None
         selector, given = SELECTORS.get(self.selector), self._given()
-        self._refuse_others("a selector", ("block_size", "num_blocks"), ("auto", "masked", "reference"))
+        self._refuse_others("a selector", ("block_size", "num_blocks"), ("auto", "gathered", "masked", "reference"))
         block_size = given.get("block_size", selector.block_size)
         if block_size not in BLOCK_SIZES:
             raise ValueError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}; got {block_size!r}")

@@ -5,13 +5,37 @@ from __future__ import annotations
 import torch
 
 from ...notation import check_heads
-from . import masked, reference
+from ..sparse import flash
+from . import gathered, masked, reference
 from .recurrent import step
 from .selection import Selection
 
-BACKENDS = {"reference": reference.selected_attention, "masked": masked.selected_attention}
+LARGE_BLOCK = 32
+BACKENDS = {
+    "reference": reference.selected_attention,
+    "masked": masked.selected_attention,
+    "gathered": gathered.selected_attention,
+}
 
-__all__ = ["BACKENDS", "Selection", "selected_attention", "step"]
+__all__ = ["BACKENDS", "Selection", "choose_backend", "selected_attention", "step"]
+
+
+def choose_backend(backend: str, device: str, block_size: int, is_long: bool = True) -> str:
+    """Return the backend that computes many queries: "auto" gathers on a CPU where blocks and text are large enough for
+    it to be the faster one.
+
+    Raises:
+        ValueError: for an unknown backend, or one that does not work there.
+    """
+    can_gather = device == "cpu" and flash.is_available()
+    if backend == "auto":
+        gains = is_long and block_size >= LARGE_BLOCK and not torch.compiler.is_compiling()
+        return "gathered" if can_gather and gains else "masked"
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}; valid: auto, {', '.join(BACKENDS)}")
+    if backend == "gathered" and not can_gather:
+        raise ValueError(f"backend 'gathered' computes on a CPU, not on {device!r}; use 'auto' or 'masked'")
+    return backend
 
 
 def selected_attention(
@@ -35,7 +59,8 @@ def selected_attention(
         summary: Of each block `[B, G, N, P, D]`, float32; that of blocks which are not full is not read.
         positions: Of the queries `[B or 1, T]`.
         selection: Selector, sizes, scale.
-        backend: "reference", "masked" or "auto".
+        backend: "reference", "masked" (the work of dense attention), "gathered" (only what is selected, on a CPU), or
+            "auto".
 
     Raises:
         ValueError: if shapes do not fit together, or for an unknown backend.
@@ -44,7 +69,6 @@ def selected_attention(
     size = selection.block_size
     if key.shape[2] % size or summary.shape[2] != key.shape[2] // size:
         raise ValueError(f"{key.shape[2]} keys are not {summary.shape[2]} blocks of {size}")
-    backend = "masked" if backend == "auto" else backend
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}; valid: auto, {', '.join(BACKENDS)}")
+    is_long = key.shape[2] > 2 * size * selection.num_blocks
+    backend = choose_backend(backend, query.device.type, size, is_long)
     return BACKENDS[backend](query, key, value, summary, positions, selection)
