@@ -64,7 +64,7 @@ def in_blocks(
 
 def parameters_of(modules: Sequence[nn.Module]) -> list[torch.Tensor]:
     """Return the learned parameters of all of `modules`, in the order in which `call_with` takes them."""
-    return list(_Caller(modules).parameters())
+    return list(dict.fromkeys(p for module in modules for p in module.parameters()))
 
 
 def call_with(modules: Sequence[nn.Module], parameters: Tensors, function: Callable[..., Any], *arguments: Any) -> Any:
