@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,14 @@ def ratios(seconds: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
         path: Where the PNG goes.
     """
     pyplot = _pyplot()
-    figure, axes = pyplot.subplots(1, len(seconds), figsize=(5 * len(seconds), 4), layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(1, len(seconds), figsize=(5 * len(seconds), 6), layout="constrained", squeeze=False)
+    colors = pyplot.get_cmap("tab20").colors
     for axis, (suite, times) in zip(axes[0], seconds.items(), strict=True):
         dense = BASELINES[suite]
         names = dict.fromkeys(name for row in times.values() for name in row if name not in (*YARDSTICKS, dense))
-        for name in names:
+        for name, color in zip(names, itertools.cycle(colors), strict=False):
             points = [(n, row[dense] / row[name]) for n, row in times.items() if name in row]
-            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+            axis.plot(*zip(*points, strict=True), marker="o", label=name, color=color)
         axis.axhline(1.0, color="black", linewidth=1)
         _lengths(axis, list(times))
         axis.set_yscale("log")
@@ -53,7 +55,7 @@ def ratios(seconds: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
         axis.set_xlabel("tokens")
         axis.set_ylabel(f"time of {dense} / time")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small")
+        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
