@@ -77,6 +77,12 @@ def may_overwrite(x: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled()
 
 
+def by_row(x: torch.Tensor, kv_heads: int, rows: int) -> torch.Tensor:
+    """Return what each query head has, `[H]`, for the rows that queries are folded into, `[1, G, rows, 1]`."""
+    heads = x.view(kv_heads, -1)
+    return heads.repeat_interleave(rows // heads.shape[1], dim=1)[None, :, :, None]
+
+
 def rotary_half(x: torch.Tensor, head_dim: int, before: bool) -> torch.Tensor:
     """Return queries or keys after rotary, or before it, `[..., D]`.
 

@@ -9,7 +9,6 @@ import torch
 from ..cache import KeyValueState
 from ..config import SparseConfig
 from ..notation import compute_dtype
-from ..ops.sparse import banded
 from .base import MECHANISMS, Call, HeadGeometry
 from .sparse import SparseAttention
 
@@ -36,31 +35,33 @@ class RollingAttention(SparseAttention):
         self.band = self.pattern.band
         self.last = self.band.num_sinks + self.band.window - 1
 
-    def attend(
-        self, state: KeyValueState | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
-    ) -> tuple[torch.Tensor, KeyValueState]:
-        dim, tokens = self.geometry.head_dim, query.shape[2]
-        query, before = query[..., :dim], query[..., dim:]
-        state = self.store.empty(key, value) if state is None else self.store.matching(state, key)
-        if state.most + tokens - 1 <= self.last:  # no query has left the positions of the cache
-            return super().attend(state, query, key, value, call)
-        positions = state.num_tokens[:, None] + torch.arange(tokens, device=query.device)
-        rolled = self.rotate(before, positions.clamp(max=self.last))
-        if tokens == 1:
-            state = self.store.append(state, key, value, call.lengths, call.in_place)
-            return self._attend_rolled(state, query, rolled, call), state
-        stream = self.store.stream(state, key, value, self.band.window - 1)
-        both = torch.cat((query, rolled), dim=-1)
-        output = banded.sparse_attention(both, stream, self.band, call.scale, call.dropout)
-        return output, self.store.append(state, key, value, call.lengths) if call.keep_state else state
-
     def describe(self) -> str:
         return f"{super().describe()} rolling"
 
-    def _attend_rolled(
-        self, state: KeyValueState, query: torch.Tensor, rolled: torch.Tensor, call: Call
+    def _forms(self, query: torch.Tensor, first: torch.Tensor, most: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return queries `[B, H, T, D]` and the form in which they meet the sinks; None while that is the same.
+
+        Args:
+            query: `[B, H, T, 2D]`: after rotary, and before.
+            first: Position of the first of them in each row `[B]`; most: a bound of it.
+        """
+        dim, tokens = self.geometry.head_dim, query.shape[2]
+        if most + tokens - 1 <= self.last:  # no query has left the positions of the cache
+            return query[..., :dim], None
+        positions = first[:, None] + torch.arange(tokens, device=query.device)
+        return query[..., :dim], self.rotate(query[..., dim:], positions.clamp(max=self.last))
+
+    def _attend_band(
+        self, state: KeyValueState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
     ) -> torch.Tensor:
-        """Attend with one query, the last token of `state`."""
+        query, rolled = self._forms(query, state.num_tokens, state.most)
+        both = query if rolled is None else torch.cat((query, rolled), dim=-1)
+        return super()._attend_band(state, both, key, value, call)
+
+    def _attend_one(self, state: KeyValueState, query: torch.Tensor, call: Call) -> torch.Tensor:
+        query, rolled = self._forms(query, state.num_tokens - 1, state.most - 1)
+        if rolled is None:
+            return super()._attend_one(state, query, call)
         batch, heads, _, _ = query.shape
         sinks, kv_heads, dtype = self.band.num_sinks, state.keys.shape[1], compute_dtype(query.dtype)
         folded = (x.reshape(batch, kv_heads, heads // kv_heads, -1).to(dtype) for x in (rolled, query))

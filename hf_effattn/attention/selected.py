@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 
 from ..cache import KeyValueState, KeyValueStore
 from ..config import SparseConfig
@@ -125,4 +126,4 @@ class SelectedAttention(Mechanism):
 
     def _grown(self, summary: torch.Tensor, slots: int) -> torch.Tensor:
         missing = slots // self.block_size - summary.shape[2]
-        return torch.nn.functional.pad(summary, (0, 0, 0, 0, 0, missing)) if missing > 0 else summary
+        return functional.pad(summary, (0, 0, 0, 0, 0, missing)) if missing > 0 else summary

@@ -40,9 +40,7 @@ class SparseAttention(Mechanism):
             state = self.store.append(state, key, value, call.lengths, call.in_place)
             return self._attend_one(state, query, call), state
         if backend == "banded":
-            assert self.pattern.band is not None
-            stream = self.store.stream(state, key, value, self.pattern.band.window - 1)
-            output = banded.sparse_attention(query, stream, self.pattern.band, call.scale, call.dropout)
+            output = self._attend_band(state, query, key, value, call)
         elif backend == "gathered" and not self._needs_masks(call):
             output = self._attend_gathered(state, query, key, value, call)
         else:
@@ -83,6 +81,13 @@ class SparseAttention(Mechanism):
         return masked.sparse_attention(
             query, state.keys, state.values, self.pattern, last, state.positions, call.scale, call.dropout
         )
+
+    def _attend_band(
+        self, state: KeyValueState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+    ) -> torch.Tensor:
+        assert self.pattern.band is not None
+        stream = self.store.stream(state, key, value, self.pattern.band.window - 1)
+        return banded.sparse_attention(query, stream, self.pattern.band, call.scale, call.dropout)
 
     def _needs_masks(self, call: Call) -> bool:
         """Whether the gathered backend cannot do what is asked: drop weights, or be traced by the compiler."""

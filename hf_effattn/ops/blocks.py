@@ -53,13 +53,18 @@ def in_blocks(
         tensors: `[B, ·, ·, ·]`, cut along their third dimension; the query first.
         shared: Tensors that every block gets whole.
     """
-    learned = parameters_of(blocks.modules)
-    inputs = (carry, *tensors, *shared, *learned)
-    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    if learns and blocks.repeatable and not torch.compiler.is_compiling():
+    carried = () if carry is None else (carry,)
+    is_learning = learns((*carried, *tensors, *shared), blocks.modules)
+    if is_learning and blocks.repeatable and not torch.compiler.is_compiling():
+        inputs = (carry, *tensors, *shared, *parameters_of(blocks.modules))
         output, carry = _Blocks.apply(blocks, len(tensors), len(shared), *inputs)
         return output, carry
     return _forward(blocks, carry, tensors, shared)[:2]
+
+
+def learns(tensors: Tensors, modules: Sequence[nn.Module] = ()) -> bool:
+    """Whether gradients of these tensors, or of learned parameters of these modules, may be asked for."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *parameters_of(modules)))
 
 
 def parameters_of(modules: Sequence[nn.Module]) -> list[torch.Tensor]:

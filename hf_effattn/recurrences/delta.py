@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ..notation import by_row
 from .base import RECURRENCES, Recurrence, RecurrenceShape
 
 
@@ -35,9 +36,7 @@ class Delta(Recurrence):
         return read[..., :1].sigmoid()
 
     def output(self, numerator: torch.Tensor) -> torch.Tensor:
-        gain = self.gain.to(numerator.dtype).view(self.shape.num_kv_heads, -1)  # [G, R]
-        rows = gain.repeat_interleave(numerator.shape[2] // gain.shape[1], dim=1)
-        return numerator * rows[None, :, :, None]
+        return numerator * by_row(self.gain.to(numerator.dtype), self.shape.num_kv_heads, numerator.shape[2])
 
     @property
     def flops_per_token(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from ...notation import compute_dtype
+from ...notation import by_row, compute_dtype
 from ..blocks import Blocks, Tensors, in_blocks
 from ..folding import fold, unfold
 from ..linear import LinearOutput, LinearState
@@ -134,10 +134,8 @@ def _join(
     columns = keys.flatten(0, 1).transpose(1, 2)
     products = torch.baddbmm(hidden, query.flatten(0, 1), columns, alpha=options.scale)
     scores = products.view(*query.shape[:3], -1).to(far.dtype)  # [B·N, G, R·C, W+C+sinks+1]
-    logit = linear_logit(
-        far[..., -1:], _folded_bias(options, query.shape[1], far.dtype), scores[..., :-1], options.join
-    )
-    scores[..., -1:] = logit
+    bias = by_row(options.bias.to(far.dtype), query.shape[1], query.shape[2])
+    scores[..., -1:] = linear_logit(far[..., -1:], bias, scores[..., :-1], options.join)
     weights = scores.softmax(dim=-1)
     output = torch.matmul(weights.to(query.dtype), values).to(far.dtype)
     return torch.addcmul(output, weights[..., -1:], options.linear_value(far))
@@ -174,8 +172,3 @@ def _hidden(
     if chunks > 1 or rows > 1:
         mask = mask.expand(query.shape[0] // chunks, -1, -1, -1)
     return mask.flatten(0, 1).repeat(1, query.shape[2] // chunk, 1)[:, None]
-
-
-def _folded_bias(options: HybridOptions, kv_heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """The bias of each folded row, `[1, G, R·C, 1]`."""
-    return options.bias.to(dtype).view(kv_heads, -1).repeat_interleave(options.chunk_size, dim=1)[None, :, :, None]

@@ -59,9 +59,7 @@ class HybridOptions(NamedTuple):
         Args:
             sums: What queries read from the state: numerators and denominators `[·, G, R·C, V+1]`.
         """
-        if self.recurrence is not None and self.recurrence.delta:
-            return self.recurrence.output(sums[..., :-1])
-        return sums[..., :-1] / sums[..., -1:].clamp(min=NOTHING)
+        return self.plan().output(sums, NOTHING)
 
     @property
     def modules(self) -> tuple[nn.Module, ...]:

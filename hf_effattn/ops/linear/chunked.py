@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from ..blocks import Blocks, Tensors, in_blocks, parameters_of
+from ..blocks import Blocks, Tensors, in_blocks, learns
 from ..collector import Collector
 from ..folding import unfold
 from . import delta, gradient
@@ -23,11 +23,10 @@ def linear_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: LinearState, plan: Plan
 ) -> LinearOutput:
     """Compute in chunks; arguments as in `hf_effattn.ops.linear.linear_attention`."""
-    inputs = (query, key, value, *state, *parameters_of(plan.modules))
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    if learns and plan.recurrence is None and not torch.compiler.is_compiling():
+    is_learning = learns((query, key, value, *state), plan.modules)
+    if is_learning and plan.recurrence is None and not torch.compiler.is_compiling():
         return gradient.linear_attention(query, key, value, state, plan)
-    if learns or plan.is_delta:
+    if is_learning or plan.is_delta:
         return _in_blocks(query, key, value, state, plan)
     return in_segments(query, key, value, state, plan)
 

@@ -58,12 +58,16 @@ class Plan(NamedTuple):
             decay = decay * self.real[:, None, :, None].to(decay.dtype)
         return Gates(decay, strength)
 
-    def output(self, sums: torch.Tensor) -> torch.Tensor:
-        """Return the output `[·, G, R·C, V]` of what queries read from the state, `[·, G, R·C, V+1]`."""
+    def output(self, sums: torch.Tensor, least: float = EPS) -> torch.Tensor:
+        """Return the output `[·, G, R·C, V]` of what queries read from the state, `[·, G, R·C, V+1]`.
+
+        Args:
+            least: A denominator counts as at least this much.
+        """
         if self.is_delta:
             assert self.recurrence is not None
             return self.recurrence.output(sums[..., :-1])
-        return sums[..., :-1] / sums[..., -1:].clamp(min=EPS)
+        return sums[..., :-1] / sums[..., -1:].clamp(min=least)
 
     @property
     def is_delta(self) -> bool:

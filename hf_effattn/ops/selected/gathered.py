@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
+from ..blocks import learns
 from ..sparse import flash
 from .selection import Selection
 
@@ -27,9 +27,8 @@ def selected_attention(
 ) -> torch.Tensor:
     """Compute block by block; arguments as in `hf_effattn.ops.selected.selected_attention`."""
     blocks = selection.blocks(query, summary, positions)
-    width = max(query.shape[3], value.shape[3])  # the kernel wants one
-    q, k, v = (functional.pad(x, (0, width - x.shape[3])) if x.shape[3] < width else x for x in (query, key, value))
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    q, k, v = flash.one_width(query, key, value)
+    if learns((q, k, v)):
         output = _Gathered.apply(blocks, positions, selection, q, k, v)
     else:
         output = _forward(blocks, positions, selection, q, k, v)[0]
@@ -88,23 +87,18 @@ def _forward(
     for row, head, heads in _groups(query, key):
         by_token = _by_token(query[row, heads])  # [T, R, D]: what a query needs lies together
         gathered = torch.zeros(*by_token.shape[:2], value.shape[3], dtype=wide, device=query.device)
-        weight = torch.full((*by_token.shape[:2], 1), -torch.inf, dtype=wide, device=query.device)
+        weight = torch.full(by_token.shape[:2], -torch.inf, dtype=wide, device=query.device)
         for queries, keys, hidden in _meetings(blocks[row, head], positions, row, selection, query):
             k, v = (x[row : row + 1, head : head + 1, keys] for x in (key, value))
             own, logsumexp = flash.forward(
                 _heads_first(by_token.index_select(0, queries)), k, v, hidden, selection.scale
             )
-            there, before, new = (
-                gathered.index_select(0, queries),
-                weight.index_select(0, queries),
-                logsumexp[0].T[..., None],
-            )
-            both = torch.logaddexp(before, new)
-            there = there.mul_((before - both).exp()).addcmul_(own[0].transpose(0, 1).to(wide), (new - both).exp())
+            there, before = (x.index_select(0, queries) for x in (gathered, weight))
+            there, both = flash.merged(there, before, own[0].transpose(0, 1).to(wide), logsumexp[0].T)
             gathered.index_copy_(0, queries, there)
             weight.index_copy_(0, queries, both)
         output[row, heads] = gathered.transpose(0, 1).to(query.dtype)
-        total[row, heads] = weight[..., 0].T
+        total[row, heads] = weight.T
     return output, total
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch.nn import functional
 
 _FORWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
@@ -22,6 +23,30 @@ def is_available() -> bool:
         return backward(output, query, output, logsumexp, key, key, hidden, 1.0)[1].shape == key.shape
     except (RuntimeError, TypeError):
         return False
+
+
+def one_width(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return query, key and value with zeros behind the narrower of them: the operator wants one last dimension."""
+    width = max(query.shape[3], value.shape[3])
+    q, k, v = (functional.pad(x, (0, width - x.shape[3])) if x.shape[3] < width else x for x in (query, key, value))
+    return q, k, v
+
+
+def merged(
+    first: torch.Tensor, logsumexp: torch.Tensor, second: torch.Tensor, other: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what queries get from two disjoint sets of keys, and its log-sum-exp: `o = e^{ℓ₁ − ℓ} o₁ + e^{ℓ₂ − ℓ} o₂`
+    with `ℓ = log(e^{ℓ₁} + e^{ℓ₂})`; zero where both are minus infinity.
+
+    Args:
+        first, second: Outputs `[..., V]`; logsumexp, other: theirs `[...]`, minus infinity where a query saw nothing.
+    """
+    both = torch.logaddexp(logsumexp, other)
+    nothing = both == -torch.inf
+    old, new = ((x - both).exp().masked_fill(nothing, 0.0)[..., None] for x in (logsumexp, other))
+    return torch.addcmul(second * new, first, old), both
 
 
 def forward(

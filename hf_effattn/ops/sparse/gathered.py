@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from ...patterns import Part, Pattern
+from ..blocks import learns
 from . import flash
 
 
@@ -59,9 +59,8 @@ def sparse_attention(
 ) -> torch.Tensor:
     """Compute attention of query `[B, H, T, D]` over key `[B, G, S, D]` and value `[B, G, S, V]`; a query that sees no
     key gets zero."""
-    width = max(query.shape[3], value.shape[3])  # the kernel wants one
-    q, k, v = (functional.pad(x, (0, width - x.shape[3])) if x.shape[3] < width else x for x in (query, key, value))
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    q, k, v = flash.one_width(query, key, value)
+    if learns((q, k, v)):
         output = _Gathered.apply(pattern.parts, places, scale, q, k, v)
     else:
         output = _forward(pattern.parts, places, scale, q, k, v)[0]
@@ -123,10 +122,7 @@ def _forward(
                 logsumexp = logsumexp.masked_fill(job.blind, -torch.inf)
             if index:
                 there, before = output[:, :, job.queries], total[:, :, job.queries]
-                both = torch.logaddexp(before, logsumexp)
-                none = both == -torch.inf
-                old, new = ((x - both).exp().masked_fill(none, 0.0)[..., None] for x in (before, logsumexp))
-                own, logsumexp = (there * old + own * new).to(query.dtype), both
+                own, logsumexp = flash.merged(there, before, own, logsumexp)
             output[:, :, job.queries] = own
             total[:, :, job.queries] = logsumexp
     return output, total
