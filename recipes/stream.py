@@ -2,7 +2,9 @@
 
 A window with sinks reads the text once, through a cache of constant size. Beside it the same text by windowed
 recomputation: each quarter of a window is read anew behind three quarters before it, from position 0 on, by dense
-attention. Shows perplexity of both, overall and of the last tenth, and the bytes of the cache; writes them as JSON.
+attention; that takes four times as long, so `--compare` may limit it to the stream's last tokens. Shows perplexity of
+both on the tokens that both have read, of the whole stream and of its last tenth, and the bytes of the cache; writes
+them as JSON.
 """
 
 from __future__ import annotations
@@ -41,19 +43,21 @@ def streamed(model: PreTrainedModel, ids: torch.Tensor, stretch: int) -> tuple[t
 
 
 @torch.inference_mode()
-def recomputed(model: PreTrainedModel, ids: torch.Tensor, stretch: int) -> torch.Tensor:
-    """Return the loss of every token after the first, each quarter of a stretch behind the three before it."""
+def recomputed(model: PreTrainedModel, ids: torch.Tensor, stretch: int, tokens: int) -> torch.Tensor:
+    """Return the loss of the last `tokens`, each quarter of a stretch behind the three before it."""
     found, quarter = [], stretch // 4
-    for start in track(range(0, ids.shape[1] - 1, quarter), "recomputing"):
+    for start in track(range(ids.shape[1] - 1 - tokens, ids.shape[1] - 1, quarter), "recomputing"):
         first = max(start - stretch + quarter, 0)
         part = ids[:, first : start + quarter + 1]
         found.append(losses(model(part[:, :-1], use_cache=False).logits, part[:, 1:])[start - first :])
     return torch.cat(found)
 
 
-def summary(loss: torch.Tensor, seconds: float) -> dict[str, Any]:
-    last = loss[-max(len(loss) // 10, 1) :]
-    return {"perplexity": float(loss.mean().exp()), "last_tenth": float(last.mean().exp()), "seconds": round(seconds)}
+def summary(loss: torch.Tensor, compared: int, tenth: int, seconds: float) -> dict[str, Any]:
+    parts = {"whole": loss, "compared": loss[-compared:], "last_tenth": loss[-tenth:]}
+    if len(loss) == compared:
+        del parts["whole"]
+    return {key: float(part.mean().exp()) for key, part in parts.items()} | {"seconds": round(seconds)}
 
 
 def main() -> None:
@@ -61,6 +65,7 @@ def main() -> None:
     parser.add_argument("--model", default=EMBEDDED, help="a Hub id, a folder, or the embedded default")
     parser.add_argument("--text", type=Path, help="a text file; by default CPython's language reference")
     parser.add_argument("--tokens", type=int, default=20_000, help="length of the stream")
+    parser.add_argument("--compare", type=int, help="last tokens that recomputation reads too; by default all")
     parser.add_argument("--window", type=int, default=1020)
     parser.add_argument("--num-sinks", type=int, default=4)
     parser.add_argument("--position-mode", default="rolling", choices=["rolling", "absolute"])
@@ -74,18 +79,21 @@ def main() -> None:
     if ids.shape[1] <= options.tokens:
         console.print(f"the text has {ids.shape[1]} tokens only; it is read again from its beginning behind its end")
         ids = ids.repeat(1, -(-(options.tokens + 1) // ids.shape[1]))[:, : options.tokens + 1]
+    tenth = max(options.tokens // 10, 1)
+    compared = min(max(options.compare or options.tokens, tenth), options.tokens)
     results: dict[str, Any] = {key: value for key, value in vars(options).items() if key not in ("text", "out")}
+    results["compare"] = compared
     start = time.perf_counter()
-    loss = recomputed(model, ids, stretch)
-    results["recomputed"] = summary(loss, time.perf_counter() - start)
+    loss = recomputed(model, ids, stretch, compared)
+    results["recomputed"] = summary(loss, compared, tenth, time.perf_counter() - start)
     model.convert_attention(
         "sparse", window=options.window, num_sinks=options.num_sinks, position_mode=options.position_mode
     )
     start = time.perf_counter()
     loss, sizes = streamed(model, ids, stretch)
-    results["streamed"] = summary(loss, time.perf_counter() - start)
+    results["streamed"] = summary(loss, compared, tenth, time.perf_counter() - start)
     results["cache_bytes"] = {"after_the_first_stretch": sizes[0], "most_after_that": max(sizes[1:], default=sizes[0])}
-    for key in ("perplexity", "last_tenth"):
+    for key in ("compared", "last_tenth"):
         results[f"{key}_ratio"] = results["streamed"][key] / results["recomputed"][key]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
