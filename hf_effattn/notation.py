@@ -72,6 +72,11 @@ def whole_number(name: str, value: Any, least: int) -> int:
     return value
 
 
+def coarse(x: torch.Tensor) -> torch.Tensor:
+    """Return float32 `x` rounded to 11 bits: what is equal but for rounding is then decided upon alike in any batch."""
+    return (x.contiguous().view(torch.int32) + (1 << 11) & -(1 << 12)).view(torch.float32)
+
+
 def may_overwrite(x: torch.Tensor) -> bool:
     """Whether operations in place are allowed on `x` here: not outside inference mode if it was made inside."""
     return torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled()

@@ -109,7 +109,9 @@ def cases() -> list[Case]:
             except ValueError:
                 continue
             found.append(Case(f"{name}-{backend}", "sparse", {"pattern": pattern, "backend": backend}))
-    for name in SELECTORS:
+    options = {"selector": "vertical_slash", "block_size": 16, "num_columns": 3, "num_diagonals": 4, "backend": "auto"}
+    found.append(Case("vertical_slash", "sparse", options))
+    for name in (name for name in SELECTORS if name != "vertical_slash"):
         for backend in ("auto", "gathered", "reference"):
             options = {"selector": name, "block_size": 8, "num_blocks": 3, "backend": backend}
             found.append(Case(f"{name}-{backend}", "sparse", options))

@@ -218,10 +218,13 @@ def test_what_does_not_work_says_so() -> None:
         ({"eviction": "best", "capacity": 8}, "unknown eviction 'best'; valid: expected_attention, h2o, knorm"),
         ({"eviction": "h2o"}, "eviction 'h2o' needs a capacity"),
         ({"eviction": "h2o", "capacity": 1}, "capacity must be at least 2; got 1"),
-        ({"eviction": "h2o", "capacity": 8, "window": 4}, "window does not go with an eviction, which takes capacity"),
+        (
+            {"eviction": "h2o", "capacity": 8, "window": 4},
+            "window does not go with eviction 'h2o', which takes capacity",
+        ),
         (
             {"eviction": "h2o", "capacity": 8, "selector": "quest"},
-            "eviction does not go with a selector",
+            "eviction does not go with selector 'quest'",
         ),
     ):
         with pytest.raises(ValueError, match=message):

@@ -180,7 +180,7 @@ def test_caches_that_cannot_hold_a_state_are_refused(model: str, case: Case) -> 
         net.generate_batch([ids[0].tolist()], generation_config=GenerationConfig(**NEW))
 
 
-@pytest.mark.parametrize("case", ONE_CASE_EACH, ids=str)
+@pytest.mark.parametrize("case", [case for case in ONE_CASE_EACH if case.name != "vertical_slash"], ids=str)
 @on_every_model
 def test_a_conversation_begun_before_the_conversion_goes_on(model: str, case: Case) -> None:
     """The first layer's keys don't depend on attention, so a model of one layer tells what its state must be."""

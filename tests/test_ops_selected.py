@@ -13,9 +13,11 @@ from test_ops_linear import relative
 
 from hf_effattn import SparseConfig
 from hf_effattn.ops.selected import Selection, selected_attention, step
-from hf_effattn.selectors import SELECTORS
+from hf_effattn.selectors import SELECTORS, BlockSelector
 
 every_selector = pytest.mark.parametrize("name", list(SELECTORS))
+BLOCK_SELECTORS = [name for name in SELECTORS if issubclass(SELECTORS.get(name), BlockSelector)]
+every_block_selector = pytest.mark.parametrize("name", BLOCK_SELECTORS)
 SIZE = 8
 
 
@@ -33,7 +35,7 @@ def test_each_selector_names_its_paper_and_is_in_the_readme(name: str) -> None:
     assert f"`{name}`" in (Path(__file__).parents[1] / "README.md").read_text()
 
 
-@every_selector
+@every_block_selector
 @given(batch=st.integers(1, 3), blocks=st.integers(1, 12), first=st.integers(0, 95), number=st.integers(2, 6))
 def test_fast_is_slow(name: str, batch: int, blocks: int, first: int, number: int) -> None:
     q, k, v, summary = inputs(name, batch, blocks)
@@ -53,7 +55,7 @@ def test_fast_is_slow(name: str, batch: int, blocks: int, first: int, number: in
         assert relative(one, found["reference"][0][:, :, at : at + 1]) <= 1e-6
 
 
-@every_selector
+@every_block_selector
 def test_bfloat16_stays_within_its_rounding(name: str) -> None:
     q, k, v, summary = inputs(name, 1, 20)
     leaves = [x.bfloat16().requires_grad_() for x in (q, k, v)]
@@ -67,7 +69,7 @@ def test_bfloat16_stays_within_its_rounding(name: str) -> None:
             assert relative(actual, expected) <= (1e-2 if index else 6e-3), (backend, index)
 
 
-@every_selector
+@every_block_selector
 def test_the_best_blocks_are_chosen(name: str) -> None:
     """A query that a planted block answers chooses it, beside the first block and its own."""
     q, k, _, _ = inputs(name, 1, 12, kv_heads=1, groups=2)
@@ -85,7 +87,7 @@ def test_the_best_blocks_are_chosen(name: str) -> None:
         assert own <= 5 or 5 in chosen
 
 
-@every_selector
+@every_block_selector
 def test_enough_blocks_are_softmax_attention(name: str) -> None:
     net, ids = tiny_model("llama-gqa"), torch.randint(3, 60, (2, 50))
     dense = net(ids).logits
@@ -97,14 +99,14 @@ def test_enough_blocks_are_softmax_attention(name: str) -> None:
 
 def test_bad_options_are_named() -> None:
     for options, message in (
-        ({"selector": "best"}, "unknown selector 'best'; valid: moba, quest"),
+        ({"selector": "best"}, "unknown selector 'best'; valid: moba, quest, vertical_slash"),
         ({"selector": "quest", "block_size": 10}, "block_size must be one of 8, 16, .*; got 10"),
         ({"selector": "quest", "num_blocks": 1}, "num_blocks must be at least 2; got 1"),
         (
             {"selector": "quest", "window": 10},
-            "window does not go with a selector, which takes block_size and",
+            "window does not go with selector 'quest', which takes block_size, num_blocks",
         ),
-        ({"selector": "quest", "pattern": "fixed"}, "pattern does not go with a selector"),
+        ({"selector": "quest", "pattern": "fixed"}, "pattern does not go with selector 'quest'"),
         ({"selector": "moba", "backend": "banded"}, "valid: auto, gathered, masked, reference"),
         ({"window": 8, "num_blocks": 4}, "'streaming' does not take .'num_blocks'."),
     ):
@@ -118,7 +120,7 @@ def test_bad_options_are_named() -> None:
         selected_attention(q, k, v, summary, torch.arange(24)[None], selection, "fast")
 
 
-@every_selector
+@every_block_selector
 def test_a_decoding_step_reads_the_chosen_blocks_only(name: str) -> None:
     q, k, v, summary = inputs(name, 2, 20)
     selection, position = Selection(SELECTORS.get(name)(), SIZE, 4, 0.25), torch.full((1, 1), 155)

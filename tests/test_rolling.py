@@ -106,7 +106,7 @@ def test_what_does_not_work_says_so() -> None:
         ({"pattern": "strided", "stride": 4, "position_mode": "rolling"}, "is for windows with sinks; strided"),
         ({"window": 8, "num_sinks": 0, "position_mode": "rolling"}, "is for windows with sinks"),
         ({"window": 8, "backend": "masked", "position_mode": "rolling"}, "valid: auto, banded"),
-        ({"selector": "quest", "position_mode": "rolling"}, "position_mode does not go with a selector"),
+        ({"selector": "quest", "position_mode": "rolling"}, "position_mode does not go with selector 'quest'"),
     ):
         with pytest.raises(ValueError, match=message):
             SparseConfig(**options)

@@ -10,6 +10,7 @@ from .linear import LinearAttention
 from .rolling import RollingAttention
 from .selected import SelectedAttention
 from .sparse import SparseAttention
+from .vertical_slash import VerticalSlashAttention
 
 __all__ = [
     "MECHANISMS",
@@ -22,6 +23,7 @@ __all__ = [
     "RollingAttention",
     "SelectedAttention",
     "SparseAttention",
+    "VerticalSlashAttention",
     "make_mechanism",
 ]
 

@@ -12,7 +12,7 @@ from ..config import SparseConfig
 from ..notation import may_overwrite
 from ..ops.selected import Selection, choose_backend, selected_attention, step
 from ..patterns import Retention
-from ..selectors import SELECTORS
+from ..selectors import SELECTORS, BlockSelector
 from .base import MECHANISMS, Call, HeadGeometry, Mechanism
 
 
@@ -42,8 +42,10 @@ class SelectedAttention(Mechanism):
     def __init__(self, config: SparseConfig, geometry: HeadGeometry) -> None:
         super().__init__(config, geometry)
         assert config.selector is not None
-        self.selector = SELECTORS.get(config.selector)()
-        self.block_size, self.num_blocks = config.selection()
+        selector = SELECTORS.get(config.selector)()
+        assert isinstance(selector, BlockSelector)
+        self.selector = selector
+        self.block_size, self.num_blocks = config.selection()["block_size"], config.selection()["num_blocks"]
         self.store = KeyValueStore(Retention())
 
     def attend(
@@ -92,7 +94,7 @@ class SelectedAttention(Mechanism):
         return scores + g.softmax_flops(self.num_visible(context_length))
 
     def backend(self, device: str = "cpu") -> str:
-        return choose_backend(self.options.backend, device, self.block_size)
+        return choose_backend(self.options.backend, device)
 
     def describe(self) -> str:
         return f"sparse {self.options.selector}(block_size={self.block_size}, num_blocks={self.num_blocks})"

@@ -11,11 +11,10 @@ from ..evictions import EVICTIONS
 from ..notation import whole_number
 from ..patterns import PATTERNS, Pattern, make_pattern, pattern_from_spec
 from ..patterns.base import is_registered, pattern_options, with_seed
-from ..selectors import FORCED, SELECTORS
+from ..selectors import SELECTORS
 from .base import CONFIGS, MechanismConfig
 
 POSITION_MODES = ("absolute", "rolling")
-BLOCK_SIZES = (8, 16, 32, 64, 128, 256)  # that the store of keys is made of
 
 
 @CONFIGS.register("sparse")
@@ -28,8 +27,8 @@ class SparseConfig(MechanismConfig):
         window, num_sinks, positions, stride, num_summary, group_size, block_size, num_random, seed: Options of the
             named pattern; which of them it takes, and what they mean, its factory in `hf_effattn.patterns` says. None
             leaves the factory's default.
-        selector: Name of a selector, instead of a pattern: each query chooses `num_blocks` blocks of `block_size` keys
-            by content, the first block and its own among them (see `hf_effattn.selectors`).
+        selector: Name of a selector, instead of a pattern: queries choose keys by content, as many as its options
+            `block_size`, `num_blocks`, `num_columns`, `num_diagonals` say (see `hf_effattn.selectors`).
         eviction: Name of an eviction, instead of a pattern: the cache is reduced to `capacity` tokens after the prompt
             and while decoding (see `hf_effattn.evictions`).
         position_mode: "absolute", or "rolling" for windows with sinks, which lets rotary models read on without end
@@ -53,6 +52,8 @@ class SparseConfig(MechanismConfig):
     seed: int | None = None
     selector: str | None = None
     num_blocks: int | None = None
+    num_columns: int | None = None
+    num_diagonals: int | None = None
     eviction: str | None = None
     capacity: int | None = None
     position_mode: str = "absolute"
@@ -68,7 +69,7 @@ class SparseConfig(MechanismConfig):
             self.selection()
         if self.eviction is not None:
             self.kept()
-        if self.kind in ("selected", "evicting"):
+        if self.selector is not None or self.eviction is not None:
             return
         pattern = self.resolve()
         if self.kind == "rolling" and not (pattern.is_windowed and pattern.band and pattern.band.num_sinks):
@@ -84,25 +85,25 @@ class SparseConfig(MechanismConfig):
     @property
     def kind(self) -> str:
         if self.selector is not None:
-            return "selected"
+            return SELECTORS.get(self.selector).kind
         if self.eviction is not None:
             return "evicting"
         return "rolling" if self.position_mode == "rolling" else "sparse"
 
-    def selection(self) -> tuple[int, int]:
-        """Return block size and number of blocks of the selector."""
+    def selection(self) -> dict[str, int]:
+        """Return the options of the selector."""
         assert self.selector is not None
-        selector, given = SELECTORS.get(self.selector), self._given()
-        self._refuse_others("a selector", ("block_size", "num_blocks"), ("auto", "gathered", "masked", "reference"))
-        block_size = given.get("block_size", selector.block_size)
-        if block_size not in BLOCK_SIZES:
-            raise ValueError(f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}; got {block_size!r}")
-        return block_size, whole_number("num_blocks", given.get("num_blocks", selector.num_blocks), FORCED)
+        selector = SELECTORS.get(self.selector)
+        self._refuse_others(f"selector {self.selector!r}", tuple(selector.options), selector.backends)
+        options = {name: getattr(self, name) for name in selector.options}
+        options = {name: selector.options[name] if value is None else value for name, value in options.items()}
+        selector.check(options)
+        return options
 
     def kept(self) -> int:
         """Return the capacity of the eviction."""
         EVICTIONS.get(self.eviction or "")
-        self._refuse_others("an eviction", ("capacity",), ("auto", "masked"))
+        self._refuse_others(f"eviction {self.eviction!r}", ("capacity",), ("auto", "masked"))
         if self.capacity is None:
             raise ValueError(f"eviction {self.eviction!r} needs a capacity: the tokens a cache keeps")
         return whole_number("capacity", self.capacity, 2)
@@ -113,13 +114,13 @@ class SparseConfig(MechanismConfig):
         wrong += [] if self.pattern == type(self).pattern else ["pattern"]
         wrong += [] if self.position_mode == "absolute" else ["position_mode"]
         if wrong:
-            raise ValueError(f"{wrong[0]} does not go with {kind}, which takes {' and '.join(valid)}")
+            raise ValueError(f"{wrong[0]} does not go with {kind}, which takes {', '.join(valid)}")
         if self.backend not in backends:
             raise ValueError(f"unknown backend {self.backend!r} of {kind}; valid: {', '.join(backends)}")
 
     def _given(self) -> dict[str, Any]:
         """The options of pattern or selector that are not left to their defaults."""
-        own = {"selected": "selector", "evicting": "eviction"}.get(self.kind, "")
+        own = "selector" if self.selector is not None else "eviction"
         names = (name for name in self.options() if name not in ("pattern", "backend", "position_mode", own))
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
@@ -148,8 +149,7 @@ class SparseConfig(MechanismConfig):
     def to_dict(self) -> dict[str, Any]:
         chosen: dict[str, Any]
         if self.selector is not None:
-            block_size, num_blocks = self.selection()
-            chosen = {"selector": self.selector, "block_size": block_size, "num_blocks": num_blocks}
+            chosen = {"selector": self.selector, **self.selection()}
         elif self.eviction is not None:
             chosen = {"eviction": self.eviction, "capacity": self.kept()}
         else:

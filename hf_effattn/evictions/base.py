@@ -6,6 +6,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 
+from ..notation import coarse
 from ..registry import Registry
 
 EVICTIONS: Registry[type[Eviction]] = Registry("eviction")
@@ -63,7 +64,7 @@ class Eviction:
         equal but for rounding, are decided upon alike in any batch. Slots must be in the order of positions.
         """
         positions = evidence.positions
-        importance = (self.importance(evidence).view(torch.int32) + (1 << 11) & -(1 << 12)).view(torch.float32)
+        importance = coarse(self.importance(evidence))
         recent = positions >= evidence.num_tokens[:, None, None] - self.num_recent(capacity)
         importance = importance.masked_fill(recent, torch.inf).masked_fill(positions < 0, -torch.inf)
         order = importance.flip(2).argsort(dim=2, descending=True, stable=True)

@@ -6,13 +6,28 @@ from typing import ClassVar
 
 import torch
 
+from ..notation import whole_number
 from ..registry import Registry
 
 SELECTORS: Registry[type[Selector]] = Registry("selector")
 FORCED = 2  # blocks that are always chosen: the first, where attention sinks are, and the query's own
+BLOCK_SIZES = (8, 16, 32, 64, 128, 256)  # that the store of keys is made of
 
 
 class Selector:
+    """Chooses past keys by what queries and keys are. What carries it out is the mechanism named `kind`."""
+
+    kind: ClassVar[str]
+    options: ClassVar[dict[str, int]]  # names and defaults
+    backends: ClassVar[tuple[str, ...]] = ("auto",)
+
+    @classmethod
+    def check(cls, options: dict[str, int]) -> None:
+        """Raise an error for values of the options that are not valid."""
+        raise NotImplementedError
+
+
+class BlockSelector(Selector):
     """Chooses blocks of past keys by what the query is and a summary of each block says.
 
     Every query of a text chooses by itself among the blocks before its own, all of them complete: nothing depends on
@@ -20,9 +35,18 @@ class Selector:
     share a choice, that of the head with the highest score.
     """
 
+    kind = "selected"
+    options: ClassVar[dict[str, int]] = {"block_size": 64, "num_blocks": 16}
+    backends = ("auto", "gathered", "masked", "reference")
     num_vectors: ClassVar[int]  # vectors of the key's size in the summary of a block
-    block_size: ClassVar[int] = 64  # by default
-    num_blocks: ClassVar[int] = 16  # by default
+
+    @classmethod
+    def check(cls, options: dict[str, int]) -> None:
+        if options["block_size"] not in BLOCK_SIZES:
+            raise ValueError(
+                f"block_size must be one of {', '.join(map(str, BLOCK_SIZES))}; got {options['block_size']!r}"
+            )
+        whole_number("num_blocks", options["num_blocks"], FORCED)
 
     def summary(self, keys: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """Return the summaries `[..., P, D]` of blocks of keys `[..., block_size, D]`, in float32.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from .base import SELECTORS, Selector
+from .base import SELECTORS, BlockSelector
 
 
 @SELECTORS.register("moba")
-class MoBA(Selector):
+class MoBA(BlockSelector):
     """The score with the mean of a block's keys, `s = q · mean(K)` (MoBA, Lu 2025, arXiv 2502.13189). The summary is
     their sum: blocks that can be chosen are complete, so the order is the same."""
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
-from .base import SELECTORS, Selector
+from .base import SELECTORS, BlockSelector
 
 
 @SELECTORS.register("quest")
-class Quest(Selector):
+class Quest(BlockSelector):
     """A bound of the highest score in a block: `u = Σ_c max(q_c m_c, q_c M_c)` with the least and the greatest value, m
     and M, of each channel of its keys (Quest, Tang 2024, arXiv 2406.10774)."""
 
     num_vectors = 2
-    block_size = 16
-    num_blocks = 64
+    options: ClassVar[dict[str, int]] = {"block_size": 16, "num_blocks": 64}
 
     def summary(self, keys: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         least, most = keys.masked_fill(~real, torch.inf).amin(dim=-2), keys.masked_fill(~real, -torch.inf).amax(dim=-2)

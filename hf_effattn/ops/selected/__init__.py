@@ -10,7 +10,6 @@ from . import gathered, masked, reference
 from .recurrent import step
 from .selection import Selection
 
-LARGE_BLOCK = 32
 BACKENDS = {
     "reference": reference.selected_attention,
     "masked": masked.selected_attention,
@@ -20,17 +19,16 @@ BACKENDS = {
 __all__ = ["BACKENDS", "Selection", "choose_backend", "selected_attention", "step"]
 
 
-def choose_backend(backend: str, device: str, block_size: int, is_long: bool = True) -> str:
-    """Return the backend that computes many queries: "auto" gathers on a CPU where blocks and text are large enough for
-    it to be the faster one.
+def choose_backend(backend: str, device: str, is_long: bool = True) -> str:
+    """Return the backend that computes many queries: "auto" gathers on a CPU where the text is long enough for it to be
+    the faster one.
 
     Raises:
         ValueError: for an unknown backend, or one that does not work there.
     """
     can_gather = device == "cpu" and flash.is_available()
     if backend == "auto":
-        gains = is_long and block_size >= LARGE_BLOCK and not torch.compiler.is_compiling()
-        return "gathered" if can_gather and gains else "masked"
+        return "gathered" if can_gather and is_long and not torch.compiler.is_compiling() else "masked"
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}; valid: auto, {', '.join(BACKENDS)}")
     if backend == "gathered" and not can_gather:
@@ -70,5 +68,5 @@ def selected_attention(
     if key.shape[2] % size or summary.shape[2] != key.shape[2] // size:
         raise ValueError(f"{key.shape[2]} keys are not {summary.shape[2]} blocks of {size}")
     is_long = key.shape[2] > 2 * size * selection.num_blocks
-    backend = choose_backend(backend, query.device.type, size, is_long)
+    backend = choose_backend(backend, query.device.type, is_long)
     return BACKENDS[backend](query, key, value, summary, positions, selection)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...selectors import Selector
+from ...selectors import BlockSelector
 
 
 class Selection(NamedTuple):
@@ -19,7 +19,7 @@ class Selection(NamedTuple):
         scale: Factor of the softmax scores.
     """
 
-    selector: Selector
+    selector: BlockSelector
     block_size: int
     num_blocks: int
     scale: float
