@@ -51,7 +51,9 @@ def slow(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if start:
             columns, distances = votes(q, k, start)
             seen |= set(sorted(columns, key=lambda j: (-columns[j], j))[:COLUMNS])
-            mass = [sum(distances.get(b * WIDTH + i, 0.0) for i in range(WIDTH)) for b in range((start + SIZE) // WIDTH)]
+            mass = [
+                sum(distances.get(b * WIDTH + i, 0.0) for i in range(WIDTH)) for b in range((start + SIZE) // WIDTH)
+            ]
             bands = [0, *sorted(range(1, len(mass)), key=lambda b: (-mass[b], b))][: DIAGONALS // WIDTH]
             seen |= {t - b * WIDTH - i for b in bands for i in range(WIDTH)} & set(range(start))
         chosen = sorted(seen)

@@ -137,8 +137,9 @@ class VerticalSlashAttention(Mechanism):
             if start == place and start:
                 chosen = Lines(*s.vote(voters, store.keys[row, :, :start], call.scale))
             part = query[row, :, place - past : end - past]
-            keys, values = store.keys[row, :, :end], store.values[row, :, :end]
+            keys, values = store.keys[row], store.values[row]
             if end <= size and not past:
+                keys, values = keys[:, :, :end], values[:, :, :end]
                 output = masked.attend_causal(part, keys, values, call.scale, call.dropout)
             else:
                 first, begin = (state.voters.new_full((part.shape[0],), x, dtype=torch.int64) for x in (place, start))

@@ -47,49 +47,56 @@ def attend(
         width: Distances of a band.
         longest: The largest `first + T − start` of the rows.
     """
-    groups = key.shape[1]
-    rows = query.shape[1] // groups
-    own = start[:, None] + torch.arange(longest, device=key.device)  # [B, L]
+    (batch, groups, slots, _), tokens = key.shape, query.shape[2]
+    by_head = query.unflatten(1, (groups, -1)).flatten(0, 1)  # [B·G, R, T, D]
+    rows = (torch.arange(batch * groups, device=key.device) * slots).view(batch, groups, 1)
+    flat_key, flat_value = key.flatten(0, 2), value.flatten(0, 2)
+    in_band = _distances_in_bands(lines.bands, width, slots)
     outputs = []
-    for begin in range(0, query.shape[2], width):
-        tile = query[:, :, begin : begin + width]
-        number = tile.shape[2]
-        place = first[:, None] + begin + torch.arange(number, device=key.device)  # [B, n]
-        index, seen = _seen(place, start, own, lines, width, key.shape[2] // width + 1)
-        index = index.clamp(0, key.shape[2] - 1)[..., None]
-        keys, values = (x.gather(2, index.expand(-1, -1, -1, x.shape[3])) for x in (key, value))
-        folded = tile.unflatten(1, (groups, rows)).flatten(2, 3)  # [B, G, R·n, D]
-        output = masked.attend(folded, keys, values, seen.repeat(1, 1, rows, 1), scale, dropout)
-        outputs.append(output.unflatten(2, (rows, number)).flatten(1, 2))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    for begin in range(0, tokens, width):
+        tile = by_head[:, :, begin : begin + width]
+        end = begin + tile.shape[2]
+        place = first[:, None] + torch.arange(begin, end, device=key.device)  # [B, n]
+        own = start[:, None] + torch.arange(longest - tokens + end, device=key.device)  # [B, L]
+        index, seen = _seen(place, start, own, lines, width, in_band)
+        index = (index.clamp(0, slots - 1) + rows).flatten()
+        keys, values = (
+            x.index_select(0, index).view(batch * groups, 1, -1, x.shape[1]) for x in (flat_key, flat_value)
+        )
+        outputs.append(masked.attend(tile, keys, values, seen.flatten(0, 1)[:, None], scale, dropout))
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+    return output.unflatten(0, (batch, groups)).flatten(1, 2)
+
+
+def _distances_in_bands(bands: torch.Tensor, width: int, slots: int) -> torch.Tensor:
+    """Return whether each distance is in one of the bands `[B, G, ≥ slots]`."""
+    number = slots // width + 2
+    is_band = torch.zeros(*bands.shape[:2], number, dtype=torch.bool, device=bands.device)
+    is_band.scatter_(2, bands.masked_fill(bands < 0, number - 1).clamp(max=number - 1), True)
+    return is_band[:, :, :-1].repeat_interleave(width, dim=2)
 
 
 def _seen(
-    place: torch.Tensor, start: torch.Tensor, own: torch.Tensor, lines: Lines, width: int, most: int
+    place: torch.Tensor,
+    start: torch.Tensor,
+    own: torch.Tensor,
+    lines: Lines,
+    width: int,
+    in_band: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return positions of keys `[B, G, K]` and which of them the queries at `place` `[B, n]` see `[B, G, n, K]`, each
-    once.
-
-    Args:
-        most: A number of bands beyond which there are none.
-    """
-    batch, groups, _ = lines.columns.shape
-    number = place.shape[1]
-    reach = torch.arange(number + width - 1, device=place.device)
-    nearest = place[:, -1, None, None, None] - lines.bands[..., None] * width  # [B, G, N, 1]
-    banded = (nearest - reach).masked_fill(lines.bands[..., None] < 0, -1)  # [B, G, N, n + width − 1]
-    at = place[:, None, None, :, None]  # [B, 1, 1, n, 1]
-    there = (banded >= 0) & (banded < start[:, None, None, None])
-    in_band = (at - banded[:, :, :, None]) // width == lines.bands[..., None, None]  # [B, G, N, n, ·]
-    in_band = (in_band & there[:, :, :, None]).transpose(2, 3).flatten(3)
-
-    columns = lines.columns
-    is_band = torch.zeros(batch, groups, most + 1, dtype=torch.bool, device=place.device)
-    is_band.scatter_(2, lines.bands.masked_fill(lines.bands < 0, most), True)
-    distance = (place[:, None, :, None] - columns[:, :, None]) // width  # [B, G, n, C]
-    twice = is_band.gather(2, distance.clamp(0, most - 1).flatten(2)).view(distance.shape)
+    once: those of the own stretch, then columns that are in none of the query's bands, then the bands."""
+    columns, groups, number = lines.columns, lines.columns.shape[1], place.shape[1]
+    distance = place[:, None, :, None] - columns[:, :, None]  # [B, G, n, C]
+    twice = in_band.gather(2, distance.clamp(0, in_band.shape[2] - 1).flatten(2)).view(distance.shape)
     in_column = (columns >= 0)[:, :, None] & ~twice
+
+    back = torch.arange(number + width - 1, device=place.device)  # how far behind the last query's first in the band
+    banded = place[:, -1, None, None, None] - lines.bands[..., None] * width - back  # [B, G, N, n + width − 1]
+    there = (banded >= 0) & (banded < start[:, None, None, None]) & (lines.bands >= 0)[..., None]
+    late = back - torch.arange(number - 1, -1, -1, device=place.device)[:, None]  # [n, n + width − 1]: of each query
+    of_query = ((late >= 0) & (late < width)).repeat(1, lines.bands.shape[2])
 
     in_own = (own[:, None, None] <= place[:, None, :, None]).expand(-1, groups, -1, -1)
     index = torch.cat((own[:, None].expand(-1, groups, -1), columns, banded.flatten(2)), dim=2)
-    return index, torch.cat((in_own, in_column, in_band), dim=3)
+    return index, torch.cat((in_own, in_column, there.flatten(2)[:, :, None] & of_query), dim=3)

@@ -68,7 +68,9 @@ class VerticalSlash(Selector):
         before = (place - index).clamp(min=-1)  # [W, S]: the key at each distance
         before = before.masked_fill(before < 0, total).expand(batch, kv_heads, -1, -1)
         diagonals = distance.gather(3, before).sum(dim=2)
-        diagonals = functional.pad(diagonals, (0, -total % width + self.block_size)).unflatten(2, (-1, width)).sum(dim=3)
+        diagonals = (
+            functional.pad(diagonals, (0, -total % width + self.block_size)).unflatten(2, (-1, width)).sum(dim=3)
+        )
         diagonals[:, :, 0] = torch.inf
         return columns, _best(diagonals, self.num_bands)
 
