@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matrix import CASES, DEFAULTS, MODELS, ONE_CASE_EACH, Case, converted_model, shake, tiny_model, tokens
+from matrix import CASES, DEFAULTS, MODELS, ONE_CASE_EACH, Case, converted_model, patterns, shake, tiny_model, tokens
 from torch.utils import _pytree as pytree
 from transformers import DynamicCache
 
-from hf_effattn import LinearConfig
+from hf_effattn import LinearConfig, SparseConfig
 from hf_effattn.attention import Call, HeadGeometry, make_mechanism
 from hf_effattn.attention.hybrid import HybridState
 from hf_effattn.cache import EffAttnCacheLayer
 from hf_effattn.config import make_config
+from hf_effattn.evictions import EVICTIONS
 from hf_effattn.ops.linear import LinearState
+from hf_effattn.selectors import SELECTORS
 
 on_every_model = pytest.mark.parametrize("model", MODELS)
 BOUNDED = [
@@ -53,6 +55,30 @@ def test_bounded_caches_stop_growing(model: str, case: Case) -> None:
         net(tokens(1, 1), past_key_values=cache)
     assert measured(cache) == before
     assert net.attention_report(context_length=10**6).cache_bytes == before
+
+
+LONG = {
+    f"pattern-{name}": {"pattern": pattern} for name, pattern in patterns().items() if pattern.num_heads in (None, 2)
+}
+LONG |= {f"selector-{name}": {"selector": name} for name in SELECTORS}
+LONG |= {f"eviction-{name}": {"eviction": name, "capacity": 1000} for name in EVICTIONS}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LONG)
+@torch.inference_mode()
+def test_storage_after_a_long_prompt_is_what_the_report_says(name: str) -> None:
+    length, net = 32_768, make_mechanism(SparseConfig(**LONG[name]), HeadGeometry(2, 1, 8, 8))
+    layer = EffAttnCacheLayer()
+    for number in (length, 1):
+        q, k, v = (torch.randn(1, heads, number, 8) for heads in (2, 1, 1))
+        layer.bind(net.describe())
+        layer.update(k, v)
+        layer.claim(number)
+        net(q, k, v, scale=8**-0.5, cache_layer=layer)
+    leaves = [x.untyped_storage() for x in pytree.tree_leaves(layer.state) if isinstance(x, torch.Tensor)]
+    held = sum({storage.data_ptr(): storage.nbytes() for storage in leaves}.values())
+    assert held == net.cache_bytes(length + 1, torch.float32)
 
 
 @on_every_model

@@ -101,7 +101,8 @@ class EvictingAttention(Mechanism):
         return f"sparse {self.options.eviction}(capacity={self.capacity})"
 
     def _num_slots(self, held: int) -> int:
-        return min(-(-held // GROWTH) * GROWTH, self.capacity + self.interval)
+        full = self.capacity + self.interval
+        return full if held > self.capacity else min(-(-held // GROWTH) * GROWTH, full)
 
     def _attend_prompt(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
