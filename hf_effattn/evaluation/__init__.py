@@ -1,0 +1,1 @@
+"""Evaluation on long documents: tasks whose answers are generated, perplexity, and reports beside the dense model."""
