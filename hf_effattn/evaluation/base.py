@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..registry import Registry
+from .texts import Fitted
 
 if TYPE_CHECKING:
     from .subject import Subject
 
 TASKS: Registry[type[Task]] = Registry("task")
+GOLDEN = 0.6180339887498949  # its multiples modulo 1 are spread evenly, however many there are
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,14 @@ class Material:
         text: A long text: haystack, or what perplexity is measured on.
         seed: Of everything that is drawn; the same seed gives the same examples to every model.
         documents: Rows with `document`, `question` and `answers`, for tasks about given documents.
+        shorten: `(text, tokens) -> Fitted`, what becomes of a document that is too long; None to leave it out.
     """
 
     count_tokens: Callable[[str], int]
     text: str
     seed: int = 42
     documents: Sequence[dict[str, Any]] = ()
+    shorten: Callable[[str, int], Fitted] | None = None
 
 
 class Task:
@@ -60,9 +64,11 @@ class Task:
 
     score_name: ClassVar[str] = "score"  # of what a report shows
     higher_is_better: ClassVar[bool] = True
+    fits_positions: ClassVar[bool] = True  # whether the model reads an example in one piece
 
     def __init__(self, material: Material) -> None:
         self.material = material
+        self.notes: list[str] = []  # for the report: what was left out or cut
 
     def examples(self, length: int, number: int) -> list[Example]:
         """Return `number` examples whose prompt, answer prefix and answer have at most `length` tokens together.
@@ -76,7 +82,8 @@ class Task:
         """Put the examples to a model; yield for each, in order, a JSON-able record with its "score"."""
         raise NotImplementedError
 
-    def total(self, records: Sequence[dict[str, Any]]) -> float:
+    @classmethod
+    def total(cls, records: Sequence[dict[str, Any]]) -> float:
         """Return the score of all records together: their mean."""
         return sum(record["score"] for record in records) / len(records)
 

@@ -1,0 +1,191 @@
+"""The command line: `effattn evaluate MODEL ...`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.markdown import Markdown
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+except ImportError as error:
+    raise ImportError("the command line needs typer and rich: pip install hf_effattn[eval]") from error
+
+from .evaluation import Results, Settings, Variant, evaluate, markdown
+from .evaluation.material import TOO_LONG, Sources
+from .evaluation.plots import plots
+from .evaluation.runner import SETTINGS
+from .evaluation.variants import DENSE, is_converted
+from .targets import supported_models
+
+Loader = Callable[[str, torch.dtype, str], tuple[Any, Any]]
+DTYPES = ("float32", "bfloat16", "float16")
+errors = Console(stderr=True)
+
+
+def load(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
+    """Load a model, converted ones as they were saved, and its tokenizer, from the Hub or a folder."""
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return model.to(device), AutoTokenizer.from_pretrained(name)  # type: ignore[arg-type]
+
+
+def make_app(loader: Loader = load, default_model: str | None = None) -> typer.Typer:
+    """Return the application.
+
+    Args:
+        loader: What gives a model and a tokenizer for a name, a dtype and a device.
+        default_model: The model if none is named; None to ask for one.
+    """
+    app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+
+    @app.callback()
+    def group() -> None:
+        """Linear and sparse attention for pretrained transformers models."""
+
+    @app.command("models")
+    def models() -> None:
+        """List the model types that can be converted."""
+        typer.echo("\n".join(supported_models()))
+
+    @app.command("evaluate")
+    def evaluate_command(
+        model: Annotated[str, typer.Argument(help="A Hub id or a folder.")] = default_model or ...,  # type: ignore[assignment]
+        tasks: Annotated[str, typer.Option(help="Names, separated by commas.")] = "perplexity,passkey,niah_single",
+        lengths: Annotated[str, typer.Option(help="Tokens of an example, as in 1k,2k.")] = "1k,2k",
+        number: Annotated[int, typer.Option(help="Examples of each task and length.")] = 10,
+        variant: Annotated[
+            list[str] | None,
+            typer.Option(help="A conversion, as in sparse:window=512,num_sinks=4; may be given several times."),
+        ] = None,
+        against: Annotated[str, typer.Option(help="The variant that others are compared with.")] = DENSE,
+        ablate: Annotated[bool, typer.Option(help="Also the parts of linear attention with a window, alone.")] = False,
+        text: Annotated[
+            list[str] | None, typer.Option(help="Haystack and passages: files or folders; Python's manual by default.")
+        ] = None,
+        documents: Annotated[str | None, typer.Option(help="Rows of document, question, answers.")] = None,
+        column: Annotated[
+            list[str] | None, typer.Option(help="What a field is called there, as in question=q.")
+        ] = None,
+        join: Annotated[str | None, typer.Option(help="Where documents are, if rows name theirs by doc_id.")] = None,
+        too_long: Annotated[str, typer.Option(help=f"Documents without room: {', '.join(TOO_LONG)}.")] = "skip",
+        batch_size: Annotated[int, typer.Option(help="Rows that generate together.")] = 1,
+        chat: Annotated[bool, typer.Option(help="Put prompts into the chat template.")] = False,
+        seed: Annotated[int, typer.Option(help="Of the examples.")] = 42,
+        dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "float32",
+        device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+        out: Annotated[Path, typer.Option(help="Folder for results; a run that was killed goes on from it.")] = Path(
+            "evaluation_output"
+        ),
+    ) -> None:
+        """Compare variants of a model on long examples, dense and converted side by side."""
+        with _told_plainly():
+            if dtype not in DTYPES:
+                raise ValueError(f"unknown dtype {dtype!r}; valid: {', '.join(DTYPES)}")
+            asked = [Variant.parse(each) for each in variant or []]
+            columns = dict(_column(each) for each in column or [])
+            sources = Sources(tuple(text or []), documents, columns, join, too_long)
+            names, sizes = _names(tasks), [_length(each) for each in _names(lengths)]
+            net, tokenizer = loader(model, getattr(torch, dtype), device)
+            settings = Settings(names, sizes, number, _variants(net, asked, against, ablate), batch_size, chat, seed)
+            _run(net, tokenizer, settings, against, model, sources, out)
+
+    return app
+
+
+def _run(
+    net: Any,
+    tokenizer: Any,
+    settings: Settings,
+    against: str,
+    name: str,
+    sources: Sources,
+    out: Path,
+) -> None:
+    console = Console()
+    material, skipped = sources.gather(tokenizer, settings.seed)
+    columns = (TextColumn("{task.description:40}"), BarColumn(), TaskProgressColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+        bar = progress.add_task("reading", total=None)
+
+        def advance(description: str, done: int, total: int) -> None:
+            progress.update(bar, description=description, completed=done, total=total)
+
+        records = evaluate(net, tokenizer, settings, material, out, advance)
+    stored = json.loads((out / SETTINGS).read_text())
+    source = ", ".join(sources.texts) or "Python's language reference"
+    notes = [
+        f"model {name}, {net.dtype}, seed {settings.seed}, answers generated greedily"
+        + (" through the chat template" if settings.chat else ""),
+        f"haystack and passages from {source}: numbers are comparable in kind with RULER's, not digit for digit",
+        f"{len(skipped)} rows skipped" + "".join(f"; {each.place}: {each.reason}" for each in skipped[:20]),
+        *stored["notes"],
+    ]
+    results = Results(records, stored["cache_bytes"], against, f"Evaluation of {name}", notes)
+    report = markdown(results)
+    (out / "report.md").write_text(report, encoding="utf-8")
+    drawn = plots(results, out)
+    console.print(Markdown(report))
+    console.print(f"written: {out / 'report.md'}, results.jsonl, {', '.join(path.name for path in drawn)}")
+
+
+def _variants(net: Any, asked: list[Variant], against: str, ablate: bool) -> list[Variant]:
+    """Return what to run: the model as given if it is converted, the dense one if compared with, and what was asked."""
+    found = [Variant("as given", None)] if is_converted(net) else []
+    linear = [v for v in (*found, *asked) if v.mechanism in (None, "linear")]
+    found += [part for v in found if ablate for part in v.ablations()]
+    names = [each.name for each in asked]
+    if DENSE not in names and (against == DENSE or not (found or asked)):
+        found.append(Variant(DENSE, DENSE))
+    for each in asked:
+        found += [each, *(each.ablations() if ablate and each in linear else [])]
+    if against not in [each.name for each in found]:
+        raise ValueError(f"nothing called {against!r} to compare with; valid: {', '.join(v.name for v in found)}")
+    return found
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _column(text: str) -> tuple[str, str]:
+    ours, equals, theirs = text.partition("=")
+    if not equals:
+        raise ValueError(f"a column is given as ours=theirs, such as question=query; got {text!r}")
+    return ours.strip(), theirs.strip()
+
+
+def _length(text: str) -> int:
+    """Read a number of tokens as users write it: 4096, 4k."""
+    digits, factor = (text[:-1], 1024) if text.lower().endswith("k") else (text, 1)
+    if not digits.isdigit():
+        raise ValueError(f"a length is a number of tokens such as 4096 or 4k; got {text!r}")
+    return int(digits) * factor
+
+
+@contextmanager
+def _told_plainly() -> Iterator[None]:
+    """Tell what users can put right without a traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        errors.print(f"[red]error:[/red] {error}", highlight=False)
+        raise typer.Exit(2) from error
+
+
+def main() -> None:
+    make_app()()

@@ -1,0 +1,188 @@
+"""The report of an evaluation: Markdown that opens with ratios to the dense model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .base import TASKS
+from .variants import DENSE
+
+Records = Sequence[dict[str, Any]]
+RATES = {"prefill": "prefill_seconds", "decoding": "step_seconds"}  # keys of records
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a report is made of.
+
+    Args:
+        records: Of all variants.
+        cache_bytes: For each variant and length, of one row.
+        against: The variant that the others are compared with.
+        title: What was evaluated.
+        notes: Lines for the end of the report: sources, what was skipped.
+    """
+
+    records: Records
+    cache_bytes: dict[str, dict[str, int]]
+    against: str = DENSE
+    title: str = "Evaluation"
+    notes: Sequence[str] = field(default=())
+
+    @property
+    def variants(self) -> list[str]:
+        """Variants in the order they came in, the one compared with first."""
+        names = list(dict.fromkeys(record["variant"] for record in self.records))
+        return sorted(names, key=lambda name: name != self.against)
+
+    @property
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(record["task"] for record in self.records))
+
+    @property
+    def lengths(self) -> list[int]:
+        return sorted({record["length"] for record in self.records})
+
+    def of(self, variant: str, task: str | None = None, length: int | None = None) -> list[dict[str, Any]]:
+        """Return the records of a variant, of a task and a length if given."""
+        wanted = {"variant": variant, "task": task, "length": length}
+        keys = [key for key, value in wanted.items() if value is not None]
+        return [record for record in self.records if all(record[key] == wanted[key] for key in keys)]
+
+    def score(self, variant: str, task: str, length: int) -> float | None:
+        found = self.of(variant, task, length)
+        return TASKS.get(task).total(found) if found else None
+
+    def seconds(self, variant: str, key: str, length: int) -> float | None:
+        """Return the mean seconds of a token: of the prompt, or of one more behind it."""
+        found = [record for record in self.of(variant, length=length) if record.get(key) is not None]
+        if not found:
+            return None
+        tokens = sum(record["prompt_tokens"] if key == RATES["prefill"] else 1 for record in found)
+        return sum(record[key] for record in found) / tokens
+
+    def bytes(self, variant: str, length: int) -> int | None:
+        return self.cache_bytes.get(variant, {}).get(str(length))
+
+
+def markdown(results: Results) -> str:
+    """Return the report."""
+    parts = [f"# {results.title}", _ratios(results), *_break_even(results), _scores(results), _costs(results)]
+    parts += [_context_gain(results)] if "context_gain" in results.tasks else []
+    parts += ["\n".join(f"- {note}" for note in results.notes)] if results.notes else []
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def standard_error(records: Records) -> float | None:
+    """Return the standard error of the mean score; None for a single record."""
+    number = len(records)
+    if number < 2:
+        return None
+    mean = sum(record["score"] for record in records) / number
+    return math.sqrt(sum((record["score"] - mean) ** 2 for record in records) / (number - 1) / number)
+
+
+def _ratios(results: Results) -> str:
+    """The opening table: every variant over the one compared with."""
+    against, length = results.against, results.lengths[-1]
+    others = [variant for variant in results.variants if variant != against]
+    if against not in results.variants or not others:
+        return ""
+    rows = []
+    for task in results.tasks:
+        for n in results.lengths:
+            base = results.score(against, task, n)
+            shown = [_ratio(results.score(variant, task, n), base) for variant in others]
+            if base is not None:
+                rows.append([f"{task} {_tokens(n)}{'' if TASKS.get(task).higher_is_better else ' ↓'}", *shown])
+    held = [_ratio(results.bytes(variant, length), results.bytes(against, length)) for variant in others]
+    rows.append([f"cache bytes {_tokens(length)} ↓", *held])
+    for name, key in RATES.items():
+        base = results.seconds(against, key, length)
+        shown = [_ratio(results.seconds(variant, key, length), base) for variant in others]
+        if any(shown):
+            rows.append([f"time of {name} {_tokens(length)} ↓", *shown])
+    intro = f"Each number is that of the variant over that of `{against}`, on the same examples; ↓ less is better."
+    return f"{intro}\n\n{_table([f'over {against}', *others], rows)}"
+
+
+def _scores(results: Results) -> str:
+    rows = []
+    for task in results.tasks:
+        for length in results.lengths:
+            row = []
+            for variant in results.variants:
+                score, found = results.score(variant, task, length), results.of(variant, task, length)
+                error = standard_error(found) if TASKS.get(task).higher_is_better else None
+                row.append("" if score is None else f"{score:.3g}" + ("" if error is None else f" ± {error:.2g}"))
+            if any(row):
+                number = max(len(results.of(v, task, length)) for v in results.variants)
+                rows.append([f"{task} ({TASKS.get(task).score_name})", _tokens(length), str(number), *row])
+    intro = "## Scores\n\nMeans with their standard errors over the examples."
+    return f"{intro}\n\n{_table(['task', 'length', 'examples', *results.variants], rows)}"
+
+
+def _costs(results: Results) -> str:
+    rows = []
+    for variant in results.variants:
+        for length in results.lengths:
+            held = results.bytes(variant, length)
+            rates = [results.seconds(variant, key, length) for key in RATES.values()]
+            shown = ["" if rate is None else f"{1 / rate:,.0f}" for rate in rates]
+            rows.append([variant, _tokens(length), "" if held is None else f"{held / 1e6:.1f} MB", *shown])
+    header = ["variant", "length", "cache of a row", "prefill [tokens/s]", "decoding [tokens/s]"]
+    return f"## Costs\n\nSpeeds are those of a row in the batches that were run.\n\n{_table(header, rows)}"
+
+
+def _break_even(results: Results) -> list[str]:
+    """From which of the measured lengths on a variant is cheaper."""
+    lines = []
+    for variant in results.variants:
+        if variant == results.against:
+            continue
+        facts = []
+        measures = {"cache": results.bytes}
+        for name, key in RATES.items():
+            measures[name] = lambda v, n, key=key: results.seconds(v, key, n)  # type: ignore[misc,assignment]
+        for name, measure in measures.items():
+            pairs = [(n, measure(variant, n), measure(results.against, n)) for n in results.lengths]
+            known = [(n, a < b) for n, a, b in pairs if a is not None and b is not None]
+            if not known:
+                continue
+            start = next((n for i, (n, _) in enumerate(known) if all(better for _, better in known[i:])), None)
+            facts.append(f"{name} {'nowhere' if start is None else f'from {_tokens(start)} on'}")
+        if facts:
+            lines.append(f"- `{variant}` is cheaper than `{results.against}`: {', '.join(facts)}")
+    return ["Break-even among the lengths measured:\n\n" + "\n".join(lines)] if lines else []
+
+
+def _context_gain(results: Results) -> str:
+    rows = []
+    for variant in results.variants:
+        for length in results.lengths:
+            found = [record["perplexity"] for record in results.of(variant, "context_gain", length)]
+            if found:
+                contexts = sorted(map(int, found[0]))
+                means = [math.exp(sum(math.log(p[str(c)]) for p in found) / len(found)) for c in contexts]
+                shown = [f"{_tokens(c)}: {mean:.2f}" for c, mean in zip(contexts, means, strict=True)]
+                rows.append([variant, _tokens(length), *shown])
+    intro = "## Perplexity of the last quarter of a passage, by the context it is read in"
+    return f"{intro}\n\n{_table(['variant', 'length', 'a sixteenth', 'a quarter', 'the whole'], rows)}"
+
+
+def _ratio(value: float | None, dense: float | None) -> str:
+    if value is None or dense is None:
+        return ""
+    return "–" if not dense else f"{value / dense:.2f}"
+
+
+def _tokens(length: int) -> str:
+    return f"{length // 1024}k" if length % 1024 == 0 else f"{length:,}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -1,0 +1,204 @@
+"""Runs variants of a model through tasks on the same examples, and can go on after it was killed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..report import attention_report
+from .base import TASKS, Example, Material, Task
+from .subject import Subject
+from .variants import Variant, as_variant, is_converted
+
+RESULTS, SETTINGS = "results.jsonl", "settings.json"
+Key = tuple[str, str, int, int]  # variant, task, length, index of the example
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is evaluated.
+
+    Args:
+        tasks: Names of tasks.
+        lengths: Tokens of an example.
+        number: Examples of each task and length.
+        variants: How the model is run.
+        batch_size: Rows that generate together.
+        chat: Whether prompts go through the chat template.
+        seed: Of the examples.
+    """
+
+    tasks: Sequence[str]
+    lengths: Sequence[int]
+    number: int
+    variants: Sequence[Variant]
+    batch_size: int = 1
+    chat: bool = False
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        for name in self.tasks:
+            TASKS.get(name)
+        for name, values in (("tasks", self.tasks), ("lengths", self.lengths), ("variants", self.variants)):
+            if not values:
+                raise ValueError(f"nothing to evaluate: no {name}")
+        for value in (*self.lengths, self.number, self.batch_size):
+            if value < 1:
+                raise ValueError(f"lengths, number and batch_size must be at least 1; got {value}")
+        names = [variant.name for variant in self.variants]
+        if len(set(names)) != len(names):
+            raise ValueError(f"variants must differ; got {', '.join(names)}")
+
+    def of_examples(self) -> dict[str, Any]:
+        """Return what decides over the examples and their answers: what a run that goes on must agree in."""
+        return {"seed": self.seed, "chat": self.chat}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Examples of one task and length, the same for all variants."""
+
+    task: Task
+    name: str
+    length: int
+    examples: list[Example]
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Settings,
+    material: Material,
+    folder: Path,
+    advance: Callable[[str, int, int], None] = lambda description, done, total: None,
+) -> list[dict[str, Any]]:
+    """Evaluate and return all records; each goes to `folder/results.jsonl` as soon as it is there.
+
+    A run that was killed goes on where it was: examples that have a record are not repeated.
+
+    Args:
+        material: What examples are made of; its `count_tokens` must be the tokenizer's.
+        folder: Where results go; that of an earlier run with the same settings to go on with it.
+        advance: Told what is being done, and tokens done and in all.
+
+    Raises:
+        ValueError: for unknown tasks or options of variants, lengths the model has no positions for, and a folder with
+            results of other settings. Nothing has been computed then.
+    """
+    _check(model, settings)
+    subject = Subject(model, tokenizer, settings.batch_size, settings.chat)
+    works = [_work(name, length, settings.number, material) for name in settings.tasks for length in settings.lengths]
+    identity = {**settings.of_examples(), "text": _digest(material.text), "documents": _digest(str(material.documents))}
+    identity["model"] = str(model.config.name_or_path)
+    store = _Store(folder, identity)
+    names = [variant.name for variant in settings.variants]
+    wanted = {(v, w.name, w.length, i) for v in names for w in works for i in range(len(w.examples))}
+    store.settings["notes"] = sorted({note for work in works for note in work.task.notes})
+    total = sum(key[2] for key in wanted)
+    done = sum(key[2] for key in wanted if key in store.records)
+    for variant in settings.variants:
+        with as_variant(model, variant):
+            for work in works:
+                missing = [
+                    i
+                    for i in range(len(work.examples))
+                    if (variant.name, work.name, work.length, i) not in store.records
+                ]
+                advance(f"{variant.name} · {work.name} {work.length:,}", done, total)
+                results = work.task.run(subject, [work.examples[i] for i in missing], work.length)
+                for index, record in zip(missing, results, strict=True):
+                    store.add((variant.name, work.name, work.length, index), record)
+                    done += work.length
+                    advance(f"{variant.name} · {work.name} {work.length:,}", done, total)
+            store.describe(variant.name, {str(n): attention_report(model, n).cache_bytes for n in settings.lengths})
+    return [record for key, record in store.records.items() if key in wanted]
+
+
+def _work(name: str, length: int, number: int, material: Material) -> Work:
+    task = TASKS.get(name)(material)
+    try:
+        return Work(task, name, length, task.examples(length, number))
+    except ValueError as error:
+        raise ValueError(f"{name} at {length:,} tokens: {error}") from error
+
+
+def _check(model: PreTrainedModel, settings: Settings) -> None:
+    """Find out beforehand what would fail after hours."""
+    as_given = [variant.mechanism is None for variant in settings.variants]
+    if as_given != sorted(as_given, reverse=True):
+        raise ValueError("variants that leave the model as it is must come first")
+    if any(as_given) and not is_converted(model):
+        raise ValueError("the model is not converted: it is dense as it is")
+    positions = getattr(model.config, "max_position_embeddings", None)
+    whole = [name for name in settings.tasks if TASKS.get(name).fits_positions]
+    if positions and whole and max(settings.lengths) > positions:
+        raise ValueError(
+            f"length {max(settings.lengths):,} is more than the {positions:,} positions of the model, "
+            f"and {', '.join(whole)} reads examples in one piece"
+        )
+    if not any(as_given):
+        for variant in settings.variants:
+            with as_variant(model, variant):
+                pass
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class _Store:
+    """The records of a folder, in memory and on the disk.
+
+    Args:
+        identity: What all records of a folder must have in common.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.path = folder, folder / RESULTS
+        self.settings: dict[str, Any] = {"identity": identity, "cache_bytes": {}}
+        self.records: dict[Key, dict[str, Any]] = {}
+        if (folder / SETTINGS).exists():
+            self.settings = json.loads((folder / SETTINGS).read_text())
+            before = self.settings["identity"]
+            differing = [key for key in identity if identity[key] != before.get(key)]
+            if differing:
+                found = ", ".join(f"{key} was {before.get(key)!r}, is {identity[key]!r}" for key in differing)
+                raise ValueError(f"{folder} holds results of other settings ({found}); give another folder")
+        self._save()
+        self._read()
+
+    def add(self, key: Key, record: dict[str, Any]) -> None:
+        variant, task, length, index = key
+        whole = {"variant": variant, "task": task, "length": length, "index": index, **record}
+        self.records[key] = whole
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(whole, ensure_ascii=False) + "\n")
+
+    def describe(self, variant: str, cache_bytes: dict[str, int]) -> None:
+        self.settings["cache_bytes"].setdefault(variant, {}).update(cache_bytes)
+        self._save()
+
+    def _save(self) -> None:
+        path = self.folder / SETTINGS
+        new = path.with_suffix(".new")
+        new.write_text(json.dumps(self.settings, indent=1) + "\n")
+        new.replace(path)
+
+    def _read(self) -> None:
+        """Read what is there; a last line that was cut off while it was written is given up."""
+        if not self.path.exists():
+            return
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        whole, _, rest = text.rpartition("\n")
+        if rest:
+            self.path.write_text(whole + "\n" if whole else "", encoding="utf-8")
+        for line in filter(None, whole.split("\n")):
+            record = json.loads(line)
+            self.records[record["variant"], record["task"], record["length"], record["index"]] = record

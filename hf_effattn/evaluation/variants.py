@@ -1,0 +1,130 @@
+"""The variants of one model that are compared: as it is, dense, and converted in several ways."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..attention import HybridAttention
+from ..config import SparseConfig
+from ..convert import convert_attention, revert_attention
+from ..report import attention_report
+from ..targets import find_targets
+
+DENSE = "dense"
+PARTS = ("window", "linear")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run the model.
+
+    Args:
+        name: In reports.
+        mechanism: "linear" or "sparse"; None for the model as it was given, DENSE for softmax attention.
+        options: Of the mechanism.
+        part: "window" or "linear" to leave only this part of linear layers with a window; None for both.
+    """
+
+    name: str
+    mechanism: str | None
+    options: dict[str, Any] = field(default_factory=dict)
+    part: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """Read what users type: `dense`, or a mechanism and its options as in
+        `sparse:window=512,num_sinks=4,keep_softmax=[0,5]`; values are JSON, or else words.
+
+        Raises:
+            ValueError: if the text is not of this form.
+        """
+        mechanism, _, rest = text.partition(":")
+        if mechanism == DENSE and not rest:
+            return cls(DENSE, DENSE)
+        if mechanism not in ("linear", "sparse"):
+            raise ValueError(f"a variant is 'dense', or 'linear' or 'sparse' with options behind a colon; got {text!r}")
+        return cls(text, mechanism, dict(_option(part, text) for part in _split(rest)))
+
+    def ablations(self) -> list[Variant]:
+        """Return this variant with each of its parts alone."""
+        return [replace(self, name=f"{self.name}, {part} only", part=part) for part in PARTS]
+
+
+def is_converted(model: PreTrainedModel) -> bool:
+    """Whether any layer of `model` is converted."""
+    return any(layer.mechanism != "softmax" for layer in attention_report(model).layers)
+
+
+@contextmanager
+def as_variant(model: PreTrainedModel, variant: Variant) -> Iterator[PreTrainedModel]:
+    """Give `model` as `variant` says. What is dense or converted here is dense afterwards: variants that leave the
+    model as it was given must come first."""
+    if variant.mechanism is None:
+        with _only(model, variant.part):
+            yield model
+        return
+    if is_converted(model):
+        revert_attention(model)
+    if variant.mechanism != DENSE:
+        convert_attention(model, variant.mechanism, **variant.options)
+    try:
+        with _only(model, variant.part):
+            yield model
+    finally:
+        if variant.mechanism != DENSE:
+            revert_attention(model)
+
+
+@contextmanager
+def _only(model: PreTrainedModel, part: str | None) -> Iterator[None]:
+    """Leave only one part of linear layers with a window, with the feature maps they have learned."""
+    modules: dict[int, Any] = dict(find_targets(model).modules)
+    hybrids = {i: m.effattn for i, m in modules.items() if isinstance(getattr(m, "effattn", None), HybridAttention)}
+    if part is None:
+        yield
+        return
+    if not hybrids:
+        raise ValueError("only linear attention with a window has parts to leave out; no layer is of this kind")
+    for index, whole in hybrids.items():
+        options = whole.options
+        if part == "window":
+            alone: Any = SparseConfig(pattern="streaming", window=options.window, num_sinks=options.num_sinks)
+        else:
+            alone = replace(options, window=0, num_sinks=0)
+        convert_attention(model, alone, layers=[index])
+        new, state = modules[index].effattn, whole.state_dict()
+        new.load_state_dict({name: state[name] for name in new.state_dict() if name in state}, strict=False)
+    try:
+        yield
+    finally:
+        for index, whole in hybrids.items():
+            convert_attention(model, whole.options, layers=[index])
+            modules[index].effattn.load_state_dict(whole.state_dict())
+
+
+def _split(text: str) -> list[str]:
+    """Split at commas outside of brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[({") - (letter in "])}")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part for part in parts if part]
+
+
+def _option(part: str, whole: str) -> tuple[str, Any]:
+    name, equals, value = part.partition("=")
+    if not equals or not name.strip().isidentifier():
+        raise ValueError(f"options are name=value, separated by commas; got {part!r} in {whole!r}")
+    try:
+        return name.strip(), json.loads(value)
+    except json.JSONDecodeError:
+        return name.strip(), value.strip()

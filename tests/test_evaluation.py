@@ -1,0 +1,297 @@
+"""Evaluation: likelihoods against plain ones, runs that go on, batches, variants, reports and the command line."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import PROSE, small_model, small_tokenizer
+from torch.nn.functional import cross_entropy
+from typer.testing import CliRunner
+
+from hf_effattn.cli import make_app
+from hf_effattn.evaluation import TASKS, Example, Material, Results, Settings, Subject, Variant, evaluate, markdown
+from hf_effattn.evaluation.plots import plots
+from hf_effattn.evaluation.runner import RESULTS
+from hf_effattn.evaluation.variants import as_variant, is_converted
+
+DENSE = Variant("dense", "dense")
+VARIANTS = [DENSE, Variant.parse("sparse:window=24,num_sinks=2"), Variant.parse("linear:window=16")]
+TOKENIZER = small_tokenizer()
+
+
+@pytest.fixture
+def model() -> Any:
+    return small_model(TOKENIZER)
+
+
+@pytest.fixture
+def material() -> Material:
+    return Material(lambda text: len(TOKENIZER(text).input_ids), PROSE)
+
+
+def plain_losses(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    return cross_entropy(model(ids[None]).logits[0, :-1].float(), ids[1:], reduction="none")
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+@torch.inference_mode()
+def test_losses_are_those_of_the_model_whole_and_through_the_cache(model: Any, variant: Variant) -> None:
+    with as_variant(model, variant):
+        subject = Subject(model, TOKENIZER)
+        ids = subject.ids(PROSE)[:150]
+        expected = plain_losses(model, ids)
+        torch.testing.assert_close(subject.losses(ids), expected, atol=1e-5, rtol=1e-5)
+        for step in (1, 40):
+            torch.testing.assert_close(subject.losses_through_cache(ids, step), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+def test_perplexity_through_the_cache_is_the_parallel_one(model: Any, material: Material, variant: Variant) -> None:
+    totals = {}
+    with as_variant(model, variant):
+        for name in ("perplexity", "perplexity_cached"):
+            task = TASKS.get(name)(material)
+            records = list(task.run(Subject(model, TOKENIZER), task.examples(100, 2), 100))
+            totals[name] = task.total(records)
+            assert [record["tokens"] for record in records] == [100, 100]
+    assert math.isclose(totals["perplexity"], totals["perplexity_cached"], rel_tol=1e-4)
+
+
+def test_perplexity_beyond_the_positions_counts_each_token_once(material: Material) -> None:
+    model = small_model(TOKENIZER, max_position_embeddings=64)
+    task = TASKS.get("perplexity")(material)
+    (example,) = task.examples(150, 1)
+    (record,) = task.run(Subject(model, TOKENIZER), [example], 150)
+    ids = Subject(model, TOKENIZER).ids(example.prompt)[:151]
+    with torch.inference_mode():
+        expected = plain_losses(model, ids[:65])
+        for end in (97, 129, 151):  # windows of 64 that move by 32, and a last one
+            fresh = end - (len(expected) + 1)
+            expected = torch.cat((expected, plain_losses(model, ids[end - 65 : end])[-fresh:]))
+    assert len(expected) == record["tokens"] == 150
+    assert math.isclose(record["loss"], float(expected.mean()), rel_tol=1e-5)
+    sums = {int(bound): pair for bound, pair in record["by_position"].items()}
+    assert {bound: pair[1] for bound, pair in sums.items()} == {64: 64, 128: 64, 256: 22}
+    assert math.isclose(sums[64][0], float(expected[:64].double().sum()), rel_tol=1e-5)
+
+
+def test_context_gain_scores_the_same_tokens_under_each_context(model: Any, material: Material) -> None:
+    task = TASKS.get("context_gain")(material)
+    (example,) = task.examples(128, 1)
+    (record,) = task.run(Subject(model, TOKENIZER), [example], 128)
+    ids = Subject(model, TOKENIZER).ids(example.prompt)[:129]
+    with torch.inference_mode():
+        whole = plain_losses(model, ids)[-32:].mean()
+        short = torch.cat([plain_losses(model, ids[s : s + 9]) for s in range(96, 128, 8)]).mean()
+    assert math.isclose(record["perplexity"]["128"], math.exp(whole), rel_tol=1e-4)
+    assert math.isclose(record["perplexity"]["8"], math.exp(short), rel_tol=1e-4)
+    assert math.isclose(record["score"], float(short - whole), rel_tol=1e-3, abs_tol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+def test_a_batch_answers_as_its_rows_do(model: Any, variant: Variant) -> None:
+    prompts = [Example(PROSE[start : start + size], ()) for start, size in ((0, 90), (300, 30), (10, 200), (50, 5))]
+    with as_variant(model, variant):
+        together, alone = (list(Subject(model, TOKENIZER, n).generate(prompts, 8)) for n in (3, 1))
+    assert [answer.text for answer in together] == [answer.text for answer in alone]
+    for answer, example in zip(together, prompts, strict=True):
+        assert answer.facts["prompt_tokens"] == len(TOKENIZER(example.prompt).input_ids)
+
+
+def settings(**changes: Any) -> Settings:
+    options = {"tasks": ["perplexity", "passkey"], "lengths": [256, 512], "number": 2, "variants": VARIANTS}
+    return Settings(**{**options, **changes})
+
+
+def test_a_killed_run_goes_on_and_loses_nothing(model: Any, material: Material, tmp_path: Path) -> None:
+    whole = evaluate(model, TOKENIZER, settings(), material, tmp_path / "whole")
+    assert len(whole) == 2 * 2 * 2 * 3
+    assert not is_converted(model)
+
+    class Killed(Exception):
+        pass
+
+    def kill(description: str, done: int, total: int) -> None:
+        if done > total / 2:
+            raise Killed
+
+    with pytest.raises(Killed):
+        evaluate(model, TOKENIZER, settings(), material, tmp_path / "killed", kill)
+    assert not is_converted(model)
+    path = tmp_path / "killed" / RESULTS
+    before = path.read_text()
+    path.write_text(before + '{"variant": "dense", "ta')  # a line that was being written
+    seen: list[int] = []
+    again = evaluate(model, TOKENIZER, settings(), material, tmp_path / "killed", lambda d, done, t: seen.append(done))
+    assert seen[0] > 0
+    assert path.read_text().startswith(before)
+    assert len(path.read_text().splitlines()) == len(whole)
+    timing = ("prefill_seconds", "step_seconds")
+    for one, other in zip(sorted_records(whole), sorted_records(again), strict=True):
+        assert {k: v for k, v in one.items() if k not in timing} == {k: v for k, v in other.items() if k not in timing}
+
+
+def sorted_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return sorted(records, key=lambda r: (r["variant"], r["task"], r["length"], r["index"]))
+
+
+def test_more_examples_and_variants_are_added_to_what_is_there(model: Any, material: Material, tmp_path: Path) -> None:
+    evaluate(model, TOKENIZER, settings(lengths=[256], variants=[DENSE]), material, tmp_path)
+    before = (tmp_path / RESULTS).read_text()
+    records = evaluate(model, TOKENIZER, settings(lengths=[256], number=3, variants=VARIANTS[:2]), material, tmp_path)
+    assert len(records) == 2 * 3 * 2
+    assert (tmp_path / RESULTS).read_text().startswith(before)
+    with pytest.raises(ValueError, match="results of other settings .seed was 42, is 7"):
+        evaluate(model, TOKENIZER, settings(seed=7), material, tmp_path)
+
+
+def test_every_variant_answers_the_same_examples_and_the_report_opens_with_ratios(
+    model: Any, material: Material, tmp_path: Path
+) -> None:
+    records = evaluate(model, TOKENIZER, settings(), material, tmp_path)
+    held = json.loads((tmp_path / "settings.json").read_text())["cache_bytes"]
+    for variant in VARIANTS:
+        with as_variant(model, variant):
+            assert held[variant.name]["512"] == model.attention_report(512).cache_bytes
+    results = Results(records, held, notes=["0 rows skipped"])
+    report = markdown(results)
+    lines = report.splitlines()
+    assert lines[0].startswith("# ")
+    table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[4:] if line.startswith("|")]
+    assert table[0] == ["over dense", *(variant.name for variant in VARIANTS[1:])]
+    rows = {row[0]: row[1:] for row in table[2:]}
+    assert list(rows)[:4] == ["perplexity 256 ↓", "perplexity 512 ↓", "passkey 256", "passkey 512"]
+    for place, name in enumerate(table[0][1:]):
+        expected = results.score(name, "perplexity", 256) / results.score("dense", "perplexity", 256)
+        assert rows["perplexity 256 ↓"][place] == f"{expected:.2f}"
+        assert rows["cache bytes 512 ↓"][place] == f"{held[name]['512'] / held['dense']['512']:.2f}"
+    assert "0 rows skipped" in report
+    assert "Break-even" in report
+    assert {path.name for path in plots(results, tmp_path)} == {"scores.png", "costs.png", "positions.png"}
+    assert all((tmp_path / name).stat().st_size > 5000 for name in ("scores.png", "costs.png", "positions.png"))
+
+
+def test_parts_of_a_linear_layer_stand_alone_with_what_they_have_learned(model: Any) -> None:
+    model.convert_attention("linear", window=16, num_sinks=2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "effattn" in name:
+                parameter.normal_()
+    ids, before = torch.arange(3, 103)[None], copy.deepcopy(model.state_dict())
+    given = model(ids).logits
+    window, linear = Variant("as given", None).ablations()
+    assert (window.name, linear.name) == ("as given, window only", "as given, linear only")
+    expected = small_model(TOKENIZER).convert_attention("sparse", window=16, num_sinks=2)
+    with as_variant(model, window):
+        torch.testing.assert_close(model(ids).logits, expected(ids).logits, atol=1e-5, rtol=1e-5)
+    expected.convert_attention("linear", window=0, num_sinks=0)
+    expected.load_state_dict({k: v for k, v in before.items() if not k.endswith("effattn.bias")})
+    with as_variant(model, linear):
+        torch.testing.assert_close(model(ids).logits, expected(ids).logits, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model(ids).logits, given)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ["passkeys"]}, "unknown task 'passkeys'; valid: .*passkey"),
+        ({"lengths": [0]}, "must be at least 1; got 0"),
+        ({"lengths": []}, "no lengths"),
+        ({"variants": [DENSE, DENSE]}, "variants must differ"),
+        ({"variants": [DENSE, Variant("x", None)]}, "must come first"),
+        ({"variants": [Variant("x", None)]}, "not converted"),
+        ({"variants": [Variant("x", "sparse", {"window": 0})]}, "window must be at least 1"),
+        ({"lengths": [256, 8192]}, "length 8,192 is more than the 4,096 positions of the model, and passkey"),
+        ({"lengths": [20]}, "shortest example has"),
+        ({"lengths": [4096], "tasks": ["perplexity"], "text": "a few words"}, "the text has 3 words"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(
+    model: Any, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    text = changes.pop("text", PROSE)
+    material = Material(lambda text: len(TOKENIZER(text).input_ids), text)
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, TOKENIZER, settings(**changes), material, tmp_path)
+    assert not (tmp_path / RESULTS).exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("linear", {}),
+        ("sparse:window=512,num_sinks=4", {"window": 512, "num_sinks": 4}),
+        ("sparse:pattern=strided,stride=16,layers=[0,1]", {"pattern": "strided", "stride": 16, "layers": [0, 1]}),
+        ("linear:feature_map=elu,window=0", {"feature_map": "elu", "window": 0}),
+    ],
+)
+def test_variants_are_read_as_typed(text: str, options: dict[str, Any]) -> None:
+    assert Variant.parse(text).options == options
+    assert Variant.parse(text).name == text
+
+
+@pytest.mark.parametrize("text", ["", "softmax", "dense:window=3", "sparse:window", "sparse:=3"])
+def test_variants_that_make_no_sense_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="got"):
+        Variant.parse(text)
+
+
+Run = Callable[..., Any]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    def call(*arguments: str, converted: bool = False) -> Any:
+        def loader(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
+            net = small_model(TOKENIZER).to(dtype)
+            return (net.convert_attention("linear", window=16) if converted else net), TOKENIZER
+
+        options = ["--lengths", "256", "--number", "2", "--out", str(tmp_path)]
+        return CliRunner().invoke(make_app(loader), ["evaluate", "tiny", *options, *arguments])
+
+    return call
+
+
+def test_the_command_writes_report_results_and_plots(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "prose.txt").write_text(PROSE)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"document": "The cat sat.", "question": "Who sat?", "answers": ["The cat"]}\nnonsense\n')
+    arguments = ["--variant", "sparse:window=24", "--text", str(tmp_path / "prose.txt"), "--documents", str(rows)]
+    result = run("--tasks", "perplexity,passkey,documents", "--number", "1", *arguments)
+    assert result.exit_code == 0, result.output
+    report = (tmp_path / "report.md").read_text()
+    assert "1 rows skipped" in report
+    assert "rows.jsonl" in report
+    assert {"results.jsonl", "scores.png", "costs.png", "positions.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_converted_model_is_compared_with_its_dense_self(run: Run, tmp_path: Path) -> None:
+    result = run("--tasks", "perplexity", "--ablate", converted=True)
+    assert result.exit_code == 0, result.output
+    names = {json.loads(line)["variant"] for line in (tmp_path / RESULTS).read_text().splitlines()}
+    assert names == {"as given", "as given, window only", "as given, linear only", "dense"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lengths", "1x"], "a length is a number of tokens such as 4096 or 4k; got '1x'"),
+        (["--dtype", "int8"], "unknown dtype 'int8'; valid: float32"),
+        (["--variant", "sparse:windows=3"], "windows"),
+        (["--against", "other"], "nothing called 'other' to compare with; valid: dense"),
+        (["--text", "missing.txt"], "missing.txt"),
+        (["--chat"], "no chat template"),
+    ],
+)
+def test_the_command_says_what_is_wrong(run: Run, arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())

@@ -1,0 +1,443 @@
+"""Generated tasks: how long examples are, that the same ones come back, what is in them, and how answers are scored."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import random
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hf_effattn.evaluation.tasks  # noqa: F401  (registers them)
+from hf_effattn.evaluation import metrics
+from hf_effattn.evaluation.base import TASKS, Example, GenerationTask, Material, fill
+from hf_effattn.evaluation.haystack import (
+    LONGEST,
+    NOISE,
+    Draws,
+    fill_quickly,
+    hide,
+    plain_words,
+    sentences,
+    stretch,
+    words,
+)
+
+TEXT = (Path(__file__).parent / "data" / "prose.txt").read_text()
+PARAGRAPHS = [paragraph for paragraph in TEXT.split("\n\n") if 20 <= len(paragraph.split()) <= 60]
+DOCUMENTS = [
+    {"document": paragraph, "question": f"What is number {i}?", "answers": [f"number{i} zebra", f"quokka {i}x{i}"]}
+    for i, paragraph in enumerate(PARAGRAPHS)
+]
+GENERATED = [name for name in TASKS if issubclass(TASKS.get(name), GenerationTask)]
+OF_ROWS = ("distractor_qa", "documents", "summaries")
+WHOLE_ROWS = ("documents", "summaries")
+OF_TEXT = ("babilong", "niah_multikey", "niah_multiquery", "niah_multivalue", "niah_single")
+every_task = pytest.mark.parametrize("name", GENERATED)
+RULER = {  # answer tokens in RULER's synthetic tasks
+    "niah_single": 128,
+    "niah_multikey": 128,
+    "niah_multikey_3": 128,
+    "niah_multivalue": 128,
+    "niah_multiquery": 128,
+    "variable_tracking": 30,
+    "common_words": 120,
+    "frequent_words": 50,
+    "distractor_qa": 32,
+}
+
+
+def count_words(text: str) -> int:
+    return len(text.split())
+
+
+def make(name: str, **changes: Any) -> GenerationTask:
+    material = {"count_tokens": count_words, "text": TEXT, "documents": DOCUMENTS} | changes
+    task = TASKS.get(name)(Material(**material))
+    assert isinstance(task, GenerationTask)
+    return task
+
+
+def read(example: Example) -> str:
+    return example.prompt + example.answer_prefix
+
+
+def middle(example: Example) -> str:
+    """Return the haystack of a prompt of one instruction line, a haystack and a question line."""
+    return example.prompt.split("\n", 1)[1].rsplit("\n", 1)[0]
+
+
+def perfect(name: str, example: Example) -> str:
+    everything = name in RULER and name != "distractor_qa"
+    return " ".join(example.references) if everything else example.references[0]
+
+
+def test_every_task_is_there() -> None:
+    assert set(RULER) | {"passkey", "json_key_value", "babilong", "documents", "summaries"} <= set(GENERATED)
+    assert {name: TASKS.get(name).max_new_tokens for name in RULER} == RULER  # type: ignore[attr-defined]
+
+
+@every_task
+def test_the_same_seed_gives_the_same_examples(name: str) -> None:
+    few, many = make(name).examples(1024, 2), make(name).examples(1024, 5)
+    assert many[:2] == few
+    assert len({example.prompt for example in many}) == 5
+    assert len({example.references for example in many}) == 5 or name == "babilong"
+    assert make(name, seed=7).examples(1024, 2) != few
+
+
+@every_task
+@pytest.mark.parametrize("length", [700, 1024, 4096])
+def test_examples_fill_the_room_and_no_more(name: str, length: int) -> None:
+    task = make(name)
+    room = length - task.max_new_tokens
+    for example in task.examples(length, 3):
+        assert count_words(read(example)) <= room
+        if name not in WHOLE_ROWS:
+            piece = 70 if name == "distractor_qa" else 40
+            assert count_words(read(example)) > room - piece
+
+
+@every_task
+def test_a_length_too_short_is_an_error(name: str) -> None:
+    task = make(name)
+    with pytest.raises(ValueError, match=r"the shortest example has \d+ tokens; there is room for 5"):
+        task.examples(task.max_new_tokens + 5, 1)
+
+
+@every_task
+def test_examples_are_json(name: str) -> None:
+    for example in make(name).examples(1024, 2):
+        assert json.loads(json.dumps(example.details)) == example.details
+        assert example.references
+        assert not example.answer_prefix.endswith(" "), "tokenizers join a space to the word behind it"
+
+
+@every_task
+def test_the_right_answer_scores_one_and_a_wrong_one_zero(name: str) -> None:
+    task = make(name)
+    for example in task.examples(1024, 3):
+        assert task.score(example, f"{perfect(name, example)}") == 1.0
+        assert task.score(example, "I do not know") == 0.0
+        assert task.score(example, "") == 0.0
+        assert 0.0 < task.score(example, f"{perfect(name, example)}. There is more of it.") <= 1.0
+
+
+@every_task
+def test_the_answer_is_in_the_prompt(name: str) -> None:
+    if name not in WHOLE_ROWS + ("distractor_qa",):
+        for example in make(name).examples(1024, 3):
+            assert all(reference in example.prompt for reference in example.references)
+
+
+def test_depths_are_spread_and_true() -> None:
+    for name in ("passkey", "niah_single", "json_key_value", "niah_multikey_3", "niah_multikey"):
+        examples = make(name).examples(2048, 8)
+        depths = [example.details["depth"] for example in examples]
+        if name != "niah_multikey":
+            assert all(any(abs(depth - (i + 0.5) / 8) < 0.13 for depth in depths) for i in range(8))
+        for example, depth in zip(examples, depths, strict=True):
+            text = example.prompt.split("\n\n")[1] if name == "json_key_value" else middle(example)
+            assert abs(text.index(example.references[0]) / len(text) - depth) < 0.05
+
+
+def test_passkey_has_one_key_in_noise() -> None:
+    (example,) = make("passkey").examples(1024, 1)
+    (key,) = example.references
+    assert re.fullmatch(r"\d{5}", key)
+    assert re.findall(r"\d+", example.prompt) == [key, key]
+    rest = middle(example).replace(f"The pass key is {key}. Remember it. {key} is the pass key.", "")
+    assert set(re.findall(r"\w[^.]+\.", rest)) == set(NOISE)
+
+
+@pytest.mark.parametrize(
+    ("name", "needles", "keys", "asked"),
+    [
+        ("niah_single", 1, 1, 1),
+        ("niah_multikey", 4, 4, 1),
+        ("niah_multivalue", 4, 1, 4),
+        ("niah_multiquery", 4, 4, 4),
+    ],
+)
+def test_needles_are_as_many_as_in_ruler(name: str, needles: int, keys: int, asked: int) -> None:
+    for example in make(name).examples(1024, 4):
+        found = re.findall(r"One of the special magic numbers for (\w+-\w+) is: (\d{7})\.", example.prompt)
+        assert len(found) == len(set(found)) == needles
+        assert len({key for key, _ in found}) == keys
+        question = example.prompt.rsplit("\n", 1)[1]
+        assert set(example.references) == {value for key, value in found if key in question}
+        assert len(example.references) == asked
+        assert ("depth" in example.details) == (asked == 1)
+        assert all(value not in question for _, value in found)
+
+
+def test_all_needles_is_nothing_but_needles() -> None:
+    (example,) = make("niah_multikey_3").examples(1024, 1)
+    lines = middle(example).split("\n")
+    found = dict(re.fullmatch(r"One of the special magic uuids for (\S{36}) is: (\S{36})\.", x).groups() for x in lines)  # type: ignore[union-attr]
+    assert len(found) == len(lines) > 50
+    key = re.findall(r"\S{36}", example.answer_prefix)
+    assert example.references == (found[key[0]],)
+
+
+def test_variables_are_a_chain_behind_a_solved_one() -> None:
+    for example in make("variable_tracking").examples(1024, 3):
+        solved, question = example.prompt.split("\n\nMemorize")
+        for part, names in ((solved, solved.split()[-5:]), (question, example.references)):
+            said = re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.\n", part)
+            assert [name for name, _ in said] == list(names)
+            assert [value for _, value in said[1:]] == list(names[:-1])
+            assert f"assigned the value {said[0][1]} in" in part
+        assert len(set(example.references)) == 5
+        assert said[0][1] in example.answer_prefix
+        assert said[0][1] not in solved
+
+
+@pytest.mark.parametrize(("length", "common", "rare"), [(1024, 6, 1), (4096, 30, 3)])
+def test_common_words_come_as_often_as_in_ruler(length: int, common: int, rare: int) -> None:
+    for example in make("common_words").examples(length, 2):
+        lists = re.findall(r"^1\. .*$", example.prompt, flags=re.MULTILINE)
+        counts = [Counter(re.findall(r"\d+\. (\w+)", one)) for one in lists]
+        assert len(counts) == 2
+        assert {word for word, number in counts[1].items() if number == common} == set(example.references)
+        assert Counter(counts[1].values()).keys() == {common, rare}
+        assert not counts[0].keys() & counts[1].keys()
+        solved = re.search(r"in the list are: (.*)", example.prompt)
+        assert solved is not None
+        assert {word for word, _ in counts[0].most_common(10)} == set(re.findall(r"[a-z]+", solved[1]))
+
+
+def test_frequent_words_are_the_most_frequent() -> None:
+    for length in (200, 1024, 4096):
+        for example in make("frequent_words").examples(length, 2):
+            counts = Counter(
+                re.findall(r"\.\.\.|\b[a-z]{6}\b", example.prompt.split("coded words. ")[1].split("\n")[0])
+            )
+            (dots, most), *others = counts.most_common(5)
+            assert dots == "..."
+            assert tuple(word for word, _ in others[:3]) == example.references
+            assert most > others[0][1] > others[1][1] > others[2][1] > others[3][1], "no ties"
+
+
+def test_the_json_object_is_one() -> None:
+    (example,) = make("json_key_value").examples(1024, 1)
+    found = json.loads(example.prompt.split("\n\n")[1])
+    key = example.prompt.split("Key: ")[1].split("\n")[0]
+    assert len(found) > 300
+    assert (found[key],) == example.references
+
+
+def test_babilong_asks_for_the_last_place() -> None:
+    for example in make("babilong").examples(1024, 20):
+        text = example.prompt.split("\nText:\n")[1]
+        moves = re.findall(
+            r"(Mary|John|Daniel|Sandra) (?:moved|went|went back|journeyed|travelled) to the (\w+)\.", text
+        )
+        person = example.details["question"].removeprefix("Where is ").rstrip("?")
+        assert len(moves) == example.details["facts"]
+        assert (dict(moves)[person],) == example.references
+        place = text.rindex(f"{person} ", 0, text.index("\n\nQuestion"))
+        assert abs(place / text.index("\n\nQuestion") - example.details["depth"]) < 0.06
+
+
+def test_the_gold_document_is_among_others() -> None:
+    for example in make("distractor_qa").examples(1024, 6):
+        shown = re.findall(r"Document (\d+):\n(.*(?:\n.+)*)", example.prompt)
+        row = DOCUMENTS[example.details["row"]]
+        assert [int(number) for number, _ in shown] == list(range(1, example.details["documents"] + 1))
+        assert [text for _, text in shown].count(row["document"]) == 1
+        assert row["question"] in example.prompt
+        before = example.prompt.index(row["document"]) / len(example.prompt)
+        assert abs(before - example.details["depth"]) < 0.15
+
+
+@pytest.mark.parametrize("name", OF_ROWS)
+def test_rows_that_are_too_long_are_left_out(name: str) -> None:
+    long = {"document": "word " * 2000, "question": "Why?", "answers": ["this"]}
+    rows = [*DOCUMENTS[:2], long, *DOCUMENTS[2:4]]
+    examples = make(name, documents=rows).examples(1024, 10)
+    assert {example.details["row"] for example in examples} == {0, 1, 3, 4}
+    shortest = "40" if name == "distractor_qa" else "20"  # which shows two documents at least
+    with pytest.raises(ValueError, match=f"the shortest example has {shortest}"):
+        make(name, documents=[long, long | {"document": "other " * 2001}]).examples(1024, 10)
+
+
+@pytest.mark.parametrize("name", OF_ROWS)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"document": " "}, "row 1 of the documents: document must be a text"),
+        (
+            {"answers": "Paris"},
+            "row 1 of the documents: answers must be a list of texts that are not empty; got 'Paris'",
+        ),
+        ({"answers": []}, "answers must be a list"),
+        ({"answers": [""]}, "answers must be a list"),
+        ({"answers": None}, "answers must be a list"),
+    ],
+)
+def test_bad_rows_are_errors(name: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(name, documents=[DOCUMENTS[0], DOCUMENTS[1] | change]).examples(1024, 1)
+
+
+def test_questions_and_documents_must_be_there() -> None:
+    for name in OF_ROWS:
+        with pytest.raises(ValueError, match="there are no documents"):
+            make(name, documents=()).examples(1024, 1)
+    nameless = [row | {"question": ""} for row in DOCUMENTS]
+    with pytest.raises(ValueError, match="row 0 of the documents: question must be"):
+        make("documents", documents=nameless).examples(1024, 1)
+    assert "Summarize" in make("summaries", documents=nameless).examples(1024, 1)[0].prompt
+    with pytest.raises(ValueError, match="at least 2 different documents"):
+        make("distractor_qa", documents=[DOCUMENTS[0], DOCUMENTS[0] | {"question": "Why?"}]).examples(1024, 1)
+
+
+@pytest.mark.parametrize("name", OF_TEXT)
+def test_a_haystack_needs_a_text(name: str) -> None:
+    with pytest.raises(ValueError, match="the text is empty"):
+        make(name, text=" \n").examples(1024, 1)
+
+
+@every_task
+def test_short_and_odd_texts_will_do(name: str) -> None:
+    for text in ("One sentence only.", "word " * 500, "没有空格。" * 50 + " {braces} {0}"):
+        rows = [row | {"document": f"{{0}} {row['document']}"} for row in DOCUMENTS]
+        (example,) = make(name, text=text, documents=rows).examples(1024, 1)
+        assert count_words(read(example)) <= 1024
+
+
+def test_sentences_lose_nothing() -> None:
+    found = sentences(TEXT)
+    assert " ".join(found).split() == TEXT.split()
+    assert len(found) > 80
+    assert max(map(count_words, found)) <= LONGEST
+    assert sentences('He said "No." Then (so.) we… left! 好。不好。') == (
+        'He said "No."',
+        "Then (so.)",
+        "we…",
+        "left!",
+        "好。",
+        "不好。",
+    )
+
+
+def test_words_are_those_of_the_text_and_then_coined() -> None:
+    drawn = words(random.Random(0), TEXT)
+    known = plain_words(TEXT)
+    many = drawn.first(len(known) + 100)
+    assert set(many[: len(known)]) == set(known)
+    assert len(set(many)) == len(many)
+    assert all(re.fullmatch("[a-z]{4,10}", word) for word in many)
+    assert drawn.first(5) == many[:5]
+
+
+def test_things_are_hidden_at_the_nearest_place() -> None:
+    assert hide(["aa", "bb", "cc", "dd"], ["X", "Y", "Z"], [0.0, 0.3, 1.0]) == ("X aa Y bb cc dd Z", [0.0, 0.25, 1.0])
+    assert hide(["aa", "b" * 29], ["X", "Y"], [0.4, 0.45]) == (f"aa X Y {'b' * 29}", [0.0909, 0.0909])
+    assert hide([], ["X"], [0.5]) == ("X", [0.0])
+    assert stretch("abc", 2, 6) == list("cabcab")
+    assert Draws(iter("aabcd").__next__, "x").first(4) == list("xabc")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_quick_way_to_fill_gives_the_same(seed: int) -> None:
+    chance = random.Random(seed)
+    pieces = ["w " * int(chance.expovariate(0.1)) for _ in range(400)]
+
+    def build(size: int) -> str:
+        return " ".join(stretch(pieces, seed, size)) + " end"
+
+    for room in (1, 50, 999, 20_000):
+        size = fill_quickly(build, room, count_words)
+        assert count_words(build(size)) <= room < count_words(build(size + 1))
+        assert count_words(build(size)) == count_words(build(fill(build, room, count_words)))
+
+
+PREDICTIONS = [
+    "The Cat sat.",
+    "1234567 and 7654321",
+    "nothing",
+    "It is in the garden. Not the kitchen.",
+    "",
+    "a dog, a cat",
+]
+REFERENCES = [["cat", "dog"], ["1234567"], ["some", "thing"], ["garden"], ["empty", "void"], ["a cat", "dog cat"]]
+
+
+def test_matches_agree_with_lm_eval() -> None:
+    theirs = pytest.importorskip("lm_eval.tasks.ruler.common_utils")
+    ours = metrics.StringMatchAll().compute(predictions=PREDICTIONS, references=REFERENCES)
+    assert ours == {"score": pytest.approx(theirs.string_match_all(PREDICTIONS, REFERENCES))}
+    # Of questions with several answers one is enough, in RULER; lm_eval 0.4.13 divides by the number of answers.
+    prediction, references = "It was Paris.", ["Paris", "Paris, France"]
+    assert metrics.StringMatchPart.one(prediction, references) == 1.0
+    assert theirs.string_match_part([prediction], [references]) == 0.5
+
+
+@pytest.mark.parametrize("name", ["StringMatchAll", "StringMatchPart", "ExactMatch", "TokenF1", "RougeL", "RougeMean"])
+def test_metrics_are_means_of_what_they_give_for_one(name: str) -> None:
+    metric = getattr(metrics, name)
+    ones = [metric.one(*pair) for pair in zip(PREDICTIONS, REFERENCES, strict=True)]
+    assert 0.0 < sum(ones) < len(ones)
+    assert metric().compute(predictions=PREDICTIONS, references=REFERENCES) == {"score": sum(ones) / len(ones)}
+    batched = metric()
+    batched.add_batch(predictions=PREDICTIONS[:4], references=REFERENCES[:4])
+    batched.add_batch(predictions=PREDICTIONS[4:], references=REFERENCES[4:])
+    assert batched.compute() == {"score": pytest.approx(sum(ones) / len(ones))}
+
+
+def test_babilong_wants_exactly_one_label_in_the_first_sentence() -> None:
+    labels = ["bathroom", "garden", "kitchen"]
+    cases = {
+        "The Garden": 1.0,
+        "In the garden. Not in the kitchen.": 1.0,
+        "garden or kitchen": 0.0,
+        "kitchen": 0.0,
+        "": 0.0,
+        "Not in the bathroom but the garden": 1.0,  # the question names the bathroom
+    }
+    question = "Where was John before the bathroom?"
+    for prediction, score in cases.items():
+        assert metrics.BabilongMatch.one(prediction, ["garden"], question, labels) == score
+    computed = metrics.BabilongMatch().compute(
+        predictions=list(cases),
+        references=[["garden"]] * len(cases),
+        questions=[question] * len(cases),
+        labels=[labels] * len(cases),
+    )
+    assert computed == {"score": pytest.approx(sum(cases.values()) / len(cases))}
+
+
+def test_words_are_compared_as_in_squad() -> None:
+    assert metrics.ExactMatch.one("The  Cat!", ["dog", "a cat"]) == 1.0
+    assert metrics.ExactMatch.one("cats", ["cat"]) == 0.0
+    assert metrics.TokenF1.one("The cat sat down", ["cat", "a cat sat"]) == pytest.approx(0.8)
+    assert metrics.TokenF1.one("cat cat", ["cat"]) == pytest.approx(2 / 3)
+    assert metrics.TokenF1.one("the", ["a"]) == 1.0
+    assert metrics.TokenF1.one("the", ["cat"]) == 0.0
+
+
+def test_rouge_takes_the_best_reference_and_stems() -> None:
+    assert metrics.RougeL.one("running dogs", ["cats", "run dog"]) == 1.0
+    assert metrics.RougeL.one("a b c d", ["a x b y"]) == pytest.approx(0.5)
+    assert metrics.RougeMean.one("a b c d", ["a b c d", "z"]) == pytest.approx(1.0)
+    assert metrics.RougeMean.one("a b", ["b a"]) == 0.0  # no pair of words in common
+
+
+def test_without_rouge_score_the_error_tells_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any) -> Any:
+        if name.startswith("rouge_score"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    metrics._scorer.cache_clear()
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ImportError, match=r"pip install hf_effattn\[eval\]"):
+        metrics.RougeL.one("a", ["a"])
