@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from hf_effattn.cli import make_app
 from hf_effattn.evaluation import TASKS, Example, Material, Results, Settings, Subject, Variant, evaluate, markdown
+from hf_effattn.evaluation.material import Sources
 from hf_effattn.evaluation.plots import plots
 from hf_effattn.evaluation.runner import RESULTS
 from hf_effattn.evaluation.variants import as_variant, is_converted
@@ -150,6 +151,9 @@ def test_more_examples_and_variants_are_added_to_what_is_there(model: Any, mater
     assert (tmp_path / RESULTS).read_text().startswith(before)
     with pytest.raises(ValueError, match="results of other settings .seed was 42, is 7"):
         evaluate(model, TOKENIZER, settings(seed=7), material, tmp_path)
+    other = Material(material.count_tokens, PROSE[5000:])
+    with pytest.raises(ValueError, match="results of other examples .perplexity at 256 tokens"):
+        evaluate(model, TOKENIZER, settings(lengths=[256]), other, tmp_path)
 
 
 def test_every_variant_answers_the_same_examples_and_the_report_opens_with_ratios(
@@ -222,6 +226,41 @@ def test_mistakes_are_told_before_anything_runs(
     with pytest.raises(ValueError, match=message):
         evaluate(model, TOKENIZER, settings(**changes), material, tmp_path)
     assert not (tmp_path / RESULTS).exists()
+
+
+@pytest.mark.parametrize(("how", "number"), [("skip", 1), ("truncate_middle", 3), ("truncate_end", 3), ("slide", 6)])
+@pytest.mark.parametrize("name", ["documents", "summaries"])
+def test_long_documents_are_treated_as_asked(name: str, how: str, number: int, tmp_path: Path) -> None:
+    rows = [{"document": PROSE[:size], "question": "Who?", "answers": ["he"]} for size in (900, 6000, 5000)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    material, skipped = Sources(documents=str(path), too_long=how).gather(TOKENIZER)
+    task = TASKS.get(name)(material)
+    examples = task.examples(1024, 8)
+    assert not skipped
+    assert len(examples) >= number if how == "slide" else len(examples) == number
+    for example in examples:
+        total = len(TOKENIZER(example.prompt + example.answer_prefix).input_ids)
+        assert total <= 1024 - task.max_new_tokens
+        cut = sum(end - start for start, end in example.details.get("cuts", []))
+        if cut:  # as much as there is room for is kept
+            assert total >= 0.97 * (1024 - task.max_new_tokens)
+            assert example.details["document_tokens"] > cut > 0
+    left, told = "2 documents were left out", "2 documents were cut to 1,024 tokens"
+    assert [left in "".join(task.notes), told in "".join(task.notes)] == [how == "skip", how.startswith("truncate")]
+
+
+def test_a_document_that_is_too_long_can_be_an_error(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text(PROSE[:6000])
+    material, _ = Sources(documents=str(tmp_path / "long.txt"), too_long="error").gather(TOKENIZER)
+    with pytest.raises(ValueError, match="row 0 of the documents: question must be a text"):
+        TASKS.get("documents")(material).examples(1024, 1)
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"document": PROSE[:6000], "question": "Who?", "answers": ["he"]}))
+    material, _ = Sources(documents=str(tmp_path / "rows.jsonl"), too_long="error").gather(TOKENIZER)
+    with pytest.raises(ValueError, match="the text has .* tokens; there is room for"):
+        TASKS.get("documents")(material).examples(1024, 1)
+    with pytest.raises(ValueError, match="unknown way .* 'cut'; valid: .*truncate_middle"):
+        Sources(too_long="cut")
 
 
 @pytest.mark.parametrize(

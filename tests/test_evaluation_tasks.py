@@ -280,9 +280,12 @@ def test_rows_that_are_too_long_are_left_out(name: str) -> None:
         ({"answers": None}, "answers must be a list"),
     ],
 )
-def test_bad_rows_are_errors(name: str, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make(name, documents=[DOCUMENTS[0], DOCUMENTS[1] | change]).examples(1024, 1)
+def test_bad_rows_are_left_out_and_told(name: str, change: dict[str, Any], message: str) -> None:
+    task = make(name, documents=[DOCUMENTS[0], DOCUMENTS[1] | change, *DOCUMENTS[2:4]])
+    assert {example.details["row"] for example in task.examples(1024, 10)} == {0, 2, 3}
+    assert re.search(f"1 rows were left out; .*{re.escape(message)}", task.notes[0])
+    with pytest.raises(ValueError, match=re.escape(message.replace("row 1", "row 0"))):
+        make(name, documents=[DOCUMENTS[0] | change, DOCUMENTS[1] | change]).examples(1024, 1)
 
 
 def test_questions_and_documents_must_be_there() -> None:

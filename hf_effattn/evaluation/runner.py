@@ -94,12 +94,12 @@ def evaluate(
     _check(model, settings)
     subject = Subject(model, tokenizer, settings.batch_size, settings.chat)
     works = [_work(name, length, settings.number, material) for name in settings.tasks for length in settings.lengths]
-    identity = {**settings.of_examples(), "text": _digest(material.text), "documents": _digest(str(material.documents))}
-    identity["model"] = str(model.config.name_or_path)
+    identity = {**settings.of_examples(), "model": str(model.config.name_or_path)}
     store = _Store(folder, identity)
     names = [variant.name for variant in settings.variants]
     wanted = {(v, w.name, w.length, i) for v in names for w in works for i in range(len(w.examples))}
     store.settings["notes"] = sorted({note for work in works for note in work.task.notes})
+    store.agrees(works)
     total = sum(key[2] for key in wanted)
     done = sum(key[2] for key in wanted if key in store.records)
     for variant in settings.variants:
@@ -113,6 +113,7 @@ def evaluate(
                 advance(f"{variant.name} · {work.name} {work.length:,}", done, total)
                 results = work.task.run(subject, [work.examples[i] for i in missing], work.length)
                 for index, record in zip(missing, results, strict=True):
+                    record["example"] = _digest(work.examples[index])
                     store.add((variant.name, work.name, work.length, index), record)
                     done += work.length
                     advance(f"{variant.name} · {work.name} {work.length:,}", done, total)
@@ -148,8 +149,8 @@ def _check(model: PreTrainedModel, settings: Settings) -> None:
                 pass
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _digest(example: Example) -> str:
+    return hashlib.sha256(f"{example.prompt}{example.answer_prefix}{example.references}".encode()).hexdigest()[:16]
 
 
 class _Store:
@@ -180,6 +181,16 @@ class _Store:
         self.records[key] = whole
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(whole, ensure_ascii=False) + "\n")
+
+    def agrees(self, works: Sequence[Work]) -> None:
+        """Raise a ValueError if records are of other examples than these."""
+        digests = {(w.name, w.length, i): _digest(example) for w in works for i, example in enumerate(w.examples)}
+        for (_, name, length, index), record in self.records.items():
+            if digests.get((name, length, index), record["example"]) != record["example"]:
+                raise ValueError(
+                    f"{self.folder} holds results of other examples ({name} at {length:,} tokens: another text, "
+                    "documents, or way to cut them); give another folder"
+                )
 
     def describe(self, variant: str, cache_bytes: dict[str, int]) -> None:
         self.settings["cache_bytes"].setdefault(variant, {}).update(cache_bytes)

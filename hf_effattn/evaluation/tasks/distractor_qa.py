@@ -47,7 +47,7 @@ class DistractorQA(RowsTask):
     @cached_property
     def tokens(self) -> dict[str, int]:
         """The different documents, with the tokens that each adds to a prompt."""
-        found = dict.fromkeys(row["document"] for row in self.rows)
+        found = dict.fromkeys(row["document"] for row in self.rows.values())
         if len(found) < 2:
             raise ValueError("distractor_qa needs at least 2 different documents; all rows have the same")
         return {text: self.material.count_tokens(f"\n\nDocument 10:\n{text}") for text in found}

@@ -14,47 +14,69 @@ Build = Callable[[int], tuple[str, dict[str, Any]]]  # a prompt by its size, and
 
 
 class RowsTask(DrawnTask):
-    """Makes an example of each row of the documents, in random order, and leaves out those that are too long: an
-    example has its whole document. Its details tell the row."""
+    """Makes examples of the rows of the documents, in random order. Details tell the row."""
 
     prompt: ClassVar[str]
     prefix: ClassVar[str]
     needs_question: ClassVar[bool] = True
 
     def examples(self, length: int, number: int) -> list[Example]:
-        """Return `number` examples, or as many as there are rows that are short enough.
+        """Return `number` examples, or as many as the rows give; the notes tell how many were left out or cut.
 
         Raises:
             ValueError: if there is none, or a row is not as it should be.
         """
         found: list[Example] = []
-        shortest: list[int] = []
+        left_out = 0
         for row in self.order:
-            build = self.builder(row, length)
-            shortest.append(self.material.count_tokens(build(1)[0] + self.prefix))
-            if shortest[-1] <= self.room(length):
-                prompt, details = build(self.largest(build, length))
-                found.append(Example(prompt, tuple(self.rows[row]["answers"]), self.prefix, {"row": row, **details}))
-            if len(found) == number:
+            made = self.examples_of(row, length)
+            left_out += not made
+            found += made
+            if len(found) >= number:
                 break
         if not found:
-            raise ValueError(f"the shortest example has {min(shortest)} tokens; there is room for {self.room(length)}")
-        return found
+            shortest = min(self.least(row, length) for row in self.order)
+            raise ValueError(f"the shortest example has {shortest} tokens; there is room for {self.room(length)}")
+        if left_out:
+            self.notes.append(f"{left_out} documents were left out as too long for {length:,} tokens")
+        cut = sum(bool(example.details.get("cuts")) for example in found[:number])
+        if cut:
+            self.notes.append(
+                f"{cut} documents were cut to {length:,} tokens; the results tell which tokens are missing"
+            )
+        return found[:number]
+
+    def examples_of(self, row: int, length: int) -> list[Example]:
+        """Return the examples that a row gives; none if it is too long."""
+        if self.least(row, length) > self.room(length):
+            return []
+        build = self.builder(row, length)
+        return [self.as_example(row, *build(self.largest(build, length)))]
+
+    def least(self, row: int, length: int) -> int:
+        """Return the tokens of the shortest prompt about a row."""
+        return self.material.count_tokens(self.builder(row, length)(1)[0] + self.prefix)
+
+    def as_example(self, row: int, prompt: str, details: dict[str, Any]) -> Example:
+        return Example(prompt, tuple(self.rows[row]["answers"]), self.prefix, {"row": row, **details})
 
     @cached_property
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows, which are as they should be."""
+    def rows(self) -> dict[int, dict[str, Any]]:
+        """The rows that are as they should be, by number; the notes tell of others."""
         if not self.material.documents:
             raise ValueError("there are no documents; this task is about rows with document, question and answers")
-        for number, row in enumerate(self.material.documents):
-            if fault := self.fault(row):
-                raise ValueError(f"row {number} of the documents: {fault}")
-        return list(self.material.documents)
+        faults = {number: self.fault(row) for number, row in enumerate(self.material.documents)}
+        wrong = [f"row {number} of the documents: {fault}" for number, fault in faults.items() if fault]
+        if len(wrong) == len(faults):
+            raise ValueError(wrong[0])
+        if wrong:
+            self.notes.append(f"{len(wrong)} rows were left out; {wrong[0]}")
+        return {number: row for number, row in enumerate(self.material.documents) if not faults[number]}
 
     @cached_property
     def order(self) -> list[int]:
         """The rows in the order in which they become examples, the same at every length."""
-        return self.random(0, 0).sample(range(len(self.rows)), len(self.rows))
+        return self.random(0, 0).sample(list(self.rows), len(self.rows))
 
     def fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with a row, or an empty text."""
@@ -69,16 +91,44 @@ class RowsTask(DrawnTask):
 
     def builder(self, row: int, length: int) -> Build:
         """Return what gives the prompt about a row, the longer the larger its argument is; 1 for the shortest."""
-        text = self.prompt.format(document=self.rows[row]["document"], question=self.rows[row].get("question"))
-        return lambda size: (text, {})
+        raise NotImplementedError
 
     def largest(self, build: Build, length: int) -> int:
         """Return the size of the longest prompt that there is room for."""
-        return 1
+        raise NotImplementedError
+
+
+class OneDocument(RowsTask):
+    """A task about one document at a time, which may be cut if the user says so."""
+
+    default_question: ClassVar[str] = ""
+
+    def examples_of(self, row: int, length: int) -> list[Example]:
+        document = self.rows[row]["document"]
+        if self.least(row, length) <= self.room(length):
+            return [self.as_example(row, self.shown(row, document), {})]
+        if self.material.shorten is None:
+            return []
+        room = (
+            self.room(length) - self.material.count_tokens(self.shown(row, "") + self.prefix) - 2
+        )  # tokens that may arise at the seams
+        if room < 1:
+            return []
+        fitted = self.material.shorten(document, room)
+        pieces = enumerate(self.shown(row, piece) for piece in fitted.pieces)
+        details = {"document_tokens": fitted.num_tokens, "cuts": fitted.cuts}
+        return [self.as_example(row, shown, {**details, "piece": number}) for number, shown in pieces]
+
+    def least(self, row: int, length: int) -> int:
+        return self.material.count_tokens(self.shown(row, self.rows[row]["document"]) + self.prefix)
+
+    def shown(self, row: int, document: str) -> str:
+        question = self.rows[row].get("question") or self.default_question
+        return self.prompt.format(document=document, question=question)
 
 
 @TASKS.register("documents")
-class Documents(RowsTask):
+class Documents(OneDocument):
     """Questions about the given documents, one document and question an example. The score is the F1 of words of SQuAD
     (Rajpurkar 2016, arXiv 1606.05250), with the best of the answers."""
 
@@ -93,7 +143,7 @@ class Documents(RowsTask):
 
 
 @TASKS.register("summaries")
-class Summaries(RowsTask):
+class Summaries(OneDocument):
     """Summaries of the given documents, or long answers to questions about them, as in QMSum (Zhong 2021, arXiv
     2104.05938) and SQuALITY (Wang 2022, arXiv 2205.11465). The score is ROUGE-L with the best of the answers."""
 
@@ -101,13 +151,9 @@ class Summaries(RowsTask):
     score_name = "ROUGE-L"
     max_new_tokens = 256
     needs_question = False
+    default_question = "Summarize the text."
     prompt = (
         "Read the following text. Then follow the instruction, or answer the question, in a paragraph.\n\n{document}"
         "\n\nInstruction or question: {question}"
     )
     prefix = "\nAnswer:"
-
-    def builder(self, row: int, length: int) -> Build:
-        question = self.rows[row].get("question") or "Summarize the text."
-        text = self.prompt.format(document=self.rows[row]["document"], question=question)
-        return lambda size: (text, {})
