@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 import models
 
 import hf_effattn  # noqa: F401  (gives models convert_attention)
+from hf_effattn.evaluation import TASKS, Material, Subject
 
 pytestmark = pytest.mark.slow
 PROSE = (Path(__file__).parent / "data" / "prose.txt").read_text(encoding="utf-8")
@@ -115,3 +116,28 @@ def test_it_saves_and_loads(smollm2: Any, prose: torch.Tensor, name: str, tmp_pa
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.inference_mode():
         assert torch.equal(again(prose[:, :700]).logits, smollm2(prose[:, :700]).logits)
+
+
+@pytest.mark.parametrize("name", ["dense", *MECHANISMS])
+def test_perplexity_through_the_cache_is_the_parallel_one(
+    loaded: Any, smollm2: Any, prose: torch.Tensor, name: str
+) -> None:
+    if name != "dense":
+        smollm2.convert_attention(**MECHANISMS[name] | ({"window": 64} if name == "streaming" else {}))
+    subject = Subject(smollm2, loaded[1])
+    ids = prose[0, :300]
+    parallel, cached = (each.double().mean().exp() for each in (subject.losses(ids), subject.losses_through_cache(ids)))
+    torch.testing.assert_close(cached, parallel, atol=0.0, rtol=1e-4)
+
+
+def test_it_finds_passkeys_which_a_window_has_lost(loaded: Any, smollm2: Any) -> None:
+    subject = Subject(smollm2, loaded[1], batch_size=2)
+    material = Material(subject.count_tokens, PROSE)
+    task = TASKS.get("passkey")(material)
+    examples = task.examples(1024, 4)
+    assert [record["score"] for record in task.run(subject, examples, 1024)] == [1.0] * 4
+    smollm2.convert_attention("sparse", window=128, num_sinks=4)
+    for example, record in zip(examples, task.run(subject, examples, 1024), strict=True):
+        assert record["score"] == (example.details["depth"] > 0.9)
+    smollm2.convert_attention("sparse", selector="quest", num_blocks=32)  # half of the blocks
+    assert [record["score"] for record in task.run(subject, examples, 1024)] == [1.0] * 4
