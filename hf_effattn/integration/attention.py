@@ -107,7 +107,7 @@ def effattn_attention(
         if not wants_weights or effattn_layer is not None:
             output = attend(value, cache_layer=effattn_layer)
         if wants_weights:
-            weights = _weights(attend, value)
+            weights = attention_weights(attend, value)
             # The output comes from the weights, so that gradients reach them.
             output = weights @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
     return output.transpose(1, 2).contiguous(), weights
@@ -119,7 +119,7 @@ def _wants_weights(output_attentions: bool | None) -> bool:
     return bool(output_attentions) or (collected is not None and "attentions" in collected)
 
 
-def _weights(attend: Callable[[torch.Tensor], torch.Tensor], value: torch.Tensor) -> torch.Tensor:
+def attention_weights(attend: Callable[[torch.Tensor], torch.Tensor], value: torch.Tensor) -> torch.Tensor:
     """Return the attention weights `[B, H, T, T]` of a text without a past.
 
     Every mechanism is linear in the values, so its weights are its output for the identity matrix as values, which
