@@ -83,7 +83,7 @@ def revert_attention(model: Model) -> Model:
     return model
 
 
-def _build(model: PreTrainedModel) -> None:
+def build_converted(model: PreTrainedModel) -> None:
     """Attach mechanisms to a freshly constructed model as its config says (called before weights are loaded)."""
     targets = find_targets(model)
     specs, version = model.config.effattn["layers"], model.config.effattn.get("version")
@@ -150,4 +150,4 @@ def register_architectures() -> None:
     """Make transformers' Auto classes know the converted twins of all supported families."""
     for name in ARCHITECTURES:
         integration.register_config(name)
-    integration.set_builder(_build)
+    integration.set_builder(build_converted)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from .. import integration
 from ..architectures import head_counts
 from ..attention import HeadGeometry
-from ..convert import _build, revert_attention
+from ..convert import build_converted, revert_attention
 from ..integration.checkpoints import TYPE_PREFIX
 from ..targets import Targets, choose_layers, find_targets, refuse_offloaded
 from .adapter_files import FILES, PEFT_PREFIX, PEFT_WEIGHTS, WEIGHTS, Saved, Tensors, is_learned, local, read, write
@@ -249,4 +249,4 @@ def _convert(model: PreTrainedModel, saved: Saved) -> None:
     revert_attention(model)
     integration.become_converted(model)
     model.config.effattn["layers"] = copy.deepcopy(saved.layers)
-    _build(model)
+    build_converted(model)
