@@ -8,11 +8,12 @@ LONGEST_FIRST := tests/test_smollm2.py $(filter-out tests/test_smollm2.py,$(wild
 # An ordinary name for the pip options, so that a mirror or cache can be configured from outside.
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo eval test lint bench clean
+.PHONY: help demo eval recover test lint bench clean
 
 help:
 	@echo "make demo   show dense, sparse and linear attention on a pretrained model and a long document"
 	@echo "make eval   generated answers and perplexity of dense, sparse and linear attention, side by side (10 minutes)"
+	@echo "make recover  convert, distil and evaluate the pretrained model (30 minutes)"
 	@echo "make test   run all tests (the slow ones use a real pretrained model)"
 	@echo "make lint   ruff and mypy"
 	@echo "make bench  measure prefill, decoding and memory of one layer; writes recipes/results/cpu-float32.*"
@@ -34,8 +35,11 @@ demo: $(INSTALLED)
 	$(BIN)/python recipes/demo.py
 
 eval: $(INSTALLED)
-	$(BIN)/python recipes/eval.py evaluate --tasks perplexity,passkey,niah_single --lengths 1k,2k --number 5 \
+	$(BIN)/python recipes/eval.py evaluate --tasks perplexity,passkey,niah_single --lengths 1k,2k --number 4 \
 		--variant sparse:window=512,num_sinks=4 --variant linear --out eval_output
+
+recover: $(INSTALLED)
+	$(BIN)/python recipes/recover.py
 
 test: $(INSTALLED) $(QUANTISERS)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n auto -q

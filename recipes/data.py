@@ -1,0 +1,145 @@
+"""Data to train on: windows of tokens, each out of one document, in an order that a seed fixes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from texts import Document, documents, is_held_out, name_of, split
+from transformers import PreTrainedTokenizerBase
+
+from hf_effattn.evaluation.documents import NAMES
+from hf_effattn.evaluation.texts import cleaned
+
+BUFFER = 1000  # windows among which a stream is shuffled
+TOGETHER = 16  # documents of a stream that are tokenised together
+
+
+class Cutter:
+    """Cuts documents into windows of tokens, each beginning as the tokenizer lets texts begin."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        first = tokenizer("a").input_ids[0]
+        self.start = [first] if first == tokenizer.bos_token_id else []
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []
+
+    def places(self, tokens: list[list[int]], length: int) -> list[tuple[int, int]]:
+        """Return document and first token of all windows. The last of a document ends with it and may share tokens with
+        the one before; a document that is too short has none."""
+        room, found = length - len(self.start), []
+        for document, ids in enumerate(tokens):
+            firsts = list(range(0, len(ids) - room + 1, room))
+            found += [(document, first) for first in firsts]
+            if firsts and len(ids) % room:
+                found.append((document, len(ids) - room))
+        return found
+
+    def window(self, tokens: list[list[int]], place: tuple[int, int], length: int) -> list[int]:
+        document, first = place
+        return self.start + tokens[document][first : first + length - len(self.start)]
+
+
+class Windows:
+    """Windows of documents that are all in memory.
+
+    Args:
+        found: The documents, on both sides of the split.
+        tokenizer: Makes tokens of them.
+        seed: Of the order, which differs from epoch to epoch.
+    """
+
+    def __init__(self, found: list[Document], tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:
+        self.cutter, self.seed = Cutter(tokenizer), seed
+        self.training, self.kept = ([text for _, text in side] for side in split(found))
+        self.tokens = self.cutter.encode(self.training)
+
+    def rows(self, length: int) -> list[list[int]]:
+        """Return all windows to train on, in the order of the documents."""
+        found = [self.cutter.window(self.tokens, place, length) for place in self.cutter.places(self.tokens, length)]
+        if not found:
+            raise ValueError(f"none of the {len(self.tokens)} documents to train on has {length} tokens")
+        return found
+
+    def dataset(self, length: int) -> Any:
+        """Return all windows to train on as rows with `input_ids`."""
+        return [{"input_ids": row} for row in self.rows(length)]
+
+    def held_out(self, length: int, number: int) -> torch.Tensor:
+        """Return `number` windows, or as many as there are, spread over the documents held out."""
+        tokens = self.cutter.encode(self.kept)
+        places = self.cutter.places(tokens, length)
+        chosen = [places[i * len(places) // number] for i in range(number)] if len(places) > number else places
+        return torch.tensor([self.cutter.window(tokens, place, length) for place in chosen])
+
+    def batches(self, length: int, rows: int, start: int = 0) -> Iterator[torch.Tensor]:
+        """Yield batches `[rows, length]` without end, from batch `start` on."""
+        windows = self.rows(length)
+        epoch, order = -1, []
+        for number in count(start):
+            batch = []
+            for index in range(number * rows, (number + 1) * rows):
+                if index // len(windows) != epoch:
+                    epoch = index // len(windows)
+                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                    order = torch.randperm(len(windows), generator=generator).tolist()
+                batch.append(windows[order[index % len(windows)]])
+            yield torch.tensor(batch)
+
+
+class Stream:
+    """Windows of the rows of a large .jsonl file, which `datasets` reads when needed; shuffled within a buffer."""
+
+    def __init__(self, source: str, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:
+        self.source, self.cutter, self.seed = str(Path(source).expanduser()), Cutter(tokenizer), seed
+
+    def dataset(self, length: int, held_out: bool = False) -> Any:
+        """Return the `IterableDataset` of one side of the split, in the order of the file: rows with `input_ids`."""
+        import datasets
+
+        rows = datasets.load_dataset("json", data_files=self.source, split="train", streaming=True)
+        columns = list(next(iter(rows)))
+        column = next((name for name in NAMES["document"] if name in columns), None)
+        if column is None:
+            raise ValueError(f"{self.source}: no document under {', '.join(NAMES['document'])}; there is {columns}")
+
+        def cut(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+            texts = [cleaned(text or "")[0] for text in batch[column]]
+            names = map(name_of, batch.get("id", [None] * len(texts)), texts)
+            tokens = self.cutter.encode([t for n, t in zip(names, texts, strict=True) if is_held_out(n) == held_out])
+            return {"input_ids": [self.cutter.window(tokens, p, length) for p in self.cutter.places(tokens, length)]}
+
+        return rows.map(cut, batched=True, batch_size=TOGETHER, remove_columns=columns)
+
+    def held_out(self, length: int, number: int) -> torch.Tensor:
+        return torch.tensor([row["input_ids"] for row in islice(self.dataset(length, held_out=True), number)])
+
+    def batches(self, length: int, rows: int, start: int = 0) -> Iterator[torch.Tensor]:
+        """Yield batches `[rows, length]` without end, from batch `start` on; those before it are read and dropped."""
+        windows = islice(self._endless(length), start * rows, None)
+        while True:
+            yield torch.tensor(list(islice(windows, rows)))
+
+    def _endless(self, length: int) -> Iterator[list[int]]:
+        dataset = self.dataset(length)
+        for epoch in count():
+            number = 0
+            for row in dataset.shuffle(seed=self.seed * 1_000_003 + epoch, buffer_size=BUFFER):
+                number += 1
+                yield row["input_ids"]
+            if not number:
+                raise ValueError(f"no document of {self.source} to train on has {length} tokens")
+
+
+def open_data(source: str | None, streaming: bool, tokenizer: PreTrainedTokenizerBase, seed: int) -> Windows | Stream:
+    """Return the windows of documents, which are `own_documents` for None."""
+    if not streaming:
+        return Windows(documents(source), tokenizer, seed)
+    if source is None or not source.lower().removesuffix(".gz").endswith(".jsonl"):
+        raise ValueError(f"streaming reads .jsonl and .jsonl.gz files; got {source}")
+    return Stream(source, tokenizer, seed)

@@ -1,0 +1,173 @@
+"""Recover a converted model: accelerate launch recipes/distill.py --config recipes/configs/smollm2-135m.yaml key=value
+
+Attention transfer, then distillation of the dense model's logits into feature maps and LoRA. What is learned goes to
+OUT/adapter, for `hf_effattn.recovery.load_adapter`. The same command goes on after a kill. `--help` lists the keys.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import models
+import torch
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import set_seed
+from data import open_data
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from runs import Run
+from settings import DistillConfig, read_config
+from stages import Stage, checkpointed, lora, train
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from hf_effattn import recovery
+
+WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # each process has all weights
+
+
+class Transfer(nn.Module):
+    """The losses of attention transfer `[layers]`, as a module, so that its gradients are exchanged."""
+
+    def __init__(self, student: nn.Module, teacher: Any) -> None:
+        super().__init__()
+        self.student, self.hidden = student, (teacher,)  # a tuple: the teacher is no part of it
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        # Row by row, since errors are relative to the size of what is compared: no row counts more in larger batches.
+        found = [recovery.transfer_losses(self.student, *self.hidden, row) for row in input_ids.split(1)]
+        return torch.stack([torch.stack(list(losses.values())) for losses in found]).mean(dim=0)
+
+
+class Distillation:
+    """A student, its teacher, and the stages in which one learns from the other.
+
+    Args:
+        config: How.
+        load: Returns the dense model and its tokenizer.
+    """
+
+    def __init__(self, config: DistillConfig, load: Any) -> None:
+        self.config = config
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if config.bf16 else "no",
+            log_with=config.trackers or None,
+            project_dir=config.out,
+            step_scheduler_with_optimizer=False,  # or the schedule would run faster in more processes
+        )
+        if self.accelerator.distributed_type not in WHOLE:
+            raise ValueError("the teacher shares the student's weights, which must not be sharded: use DDP")
+        if config.batch_size % self.accelerator.num_processes:
+            raise ValueError(
+                f"batch_size={config.batch_size} is no multiple of {self.accelerator.num_processes} processes"
+            )
+        self.run = Run(self.accelerator, config)
+        set_seed(config.seed)
+        self.student, tokenizer = load(config.model)
+        self.data = open_data(config.documents, config.streaming, tokenizer, config.seed)
+        self.kept = self.data.held_out(config.lengths[-1], config.held_out)
+        self.student.eval().to(self.accelerator.device).convert_attention(config.mechanism, **config.options)
+        self.teacher = recovery.shared_teacher(self.student)
+
+    def calibrate(self) -> None:
+        c = self.config
+        batches = [
+            rows.to(self.accelerator.device) for rows in islice(self.data.batches(c.lengths[0], 1), c.calibration)
+        ]
+        recovery.calibrate(self.student, self.teacher, batches)
+
+    def transfer(self) -> Stage:
+        learned = [p for p in self.student.parameters() if p.requires_grad]
+        groups = [{"params": learned, "lr": self.config.transfer_lr}]
+        module = Transfer(self.student, self.teacher)
+        return Stage(
+            "transfer", 0, self.config.transfer_steps, module, groups, lambda m, ids: m(ids), self.config.lengths[:1]
+        )
+
+    def distill(self) -> Stage:
+        c = self.config
+        self.student = lora(self.student, c.lora_rank, c.lora_alpha, c.lora_mlp)
+        if c.gradient_checkpointing:
+            checkpointed(self.student.get_base_model())
+        trained = [(".effattn." in name, p) for name, p in self.student.named_parameters() if p.requires_grad]
+        rates = ((False, c.lora_lr), (True, c.effattn_lr))
+        groups = [{"params": [p for own, p in trained if own == side], "lr": rate} for side, rate in rates]
+        dropout = recovery.WindowDropout(c.window_dropout, tuple(c.windows), c.distill_steps)
+
+        def window(step: int) -> int | None:  # the same in all processes, and in a run that goes on
+            return dropout.draw(step, torch.Generator().manual_seed(c.seed * 1_000_003 + step))
+
+        end = c.transfer_steps + c.distill_steps
+        used = [group for group in groups if group["params"]]
+        return Stage("distill", c.transfer_steps, end, self.student, used, self.losses, c.lengths, window)
+
+    def losses(self, student: Any, ids: torch.Tensor) -> torch.Tensor:
+        """Return forward KL, and weighted reverse KL, as a tensor `[2]`."""
+        c = self.config
+        logits = student(input_ids=ids, use_cache=False).logits
+        with torch.no_grad(), self.accelerator.autocast():
+            wanted = self.teacher(input_ids=ids, use_cache=False).logits
+        forward = recovery.forward_kl(logits, wanted, c.temperature)
+        if not c.reverse_weight:
+            return torch.stack((forward, forward.new_zeros(())))
+        return torch.stack((forward, c.reverse_weight * recovery.reverse_kl(logits, wanted, c.temperature)))
+
+    @torch.no_grad()
+    def validate(self, step: int) -> None:
+        """Log KL and the losses of student and teacher on windows that are held out."""
+        found = []
+        for ids in self.kept.to(self.accelerator.device).split(1):
+            with self.accelerator.autocast():
+                own, wanted = (m(input_ids=ids, use_cache=False).logits for m in (self.student, self.teacher))
+            losses = [cross_entropy(x[0, :-1].float(), ids[0, 1:]) for x in (own, wanted)]
+            found.append(torch.stack((recovery.forward_kl(own, wanted), *losses)))
+        if found:
+            kl, loss, teacher = torch.stack(found).mean(dim=0).tolist()
+            self.run.log(stage="validation", step=step, kl=kl, loss=loss, teacher_loss=teacher)
+
+    def save(self) -> None:
+        if self.accelerator.is_main_process:
+            recovery.save_adapter(self.student, self.run.folder / "adapter", base=self.config.model)
+
+    def stages(self) -> Iterator[Stage]:
+        """Yield the stages that are not done, each made when those before it are."""
+        c = self.config
+        if (
+            self.run.step <= c.transfer_steps
+            and c.transfer_steps
+            and any(p.requires_grad for p in self.student.parameters())
+        ):
+            yield self.transfer()
+        if c.distill_steps:
+            yield self.distill()
+
+
+def run(config: DistillConfig, load: Any = models.load, after_step: Callable[[int], Any] = lambda step: None) -> Path:
+    """Recover a model; return the folder of the adapter."""
+    job = Distillation(config, load)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not job.accelerator.is_main_process) as progress:
+        task = progress.add_task(
+            "calibration", total=config.transfer_steps + config.distill_steps, completed=job.run.step
+        )
+        if job.run.step == 0:
+            job.calibrate()
+            job.validate(0)
+        for stage in job.stages():
+            for step, loss in train(job.run, stage, job.data):
+                progress.update(task, completed=step, description=f"{stage.name} {loss:.4f}")
+                if step % config.validate_every == 0 or step == stage.end:
+                    job.validate(step)
+                if step % config.save_every == 0 or step == stage.end:
+                    job.save()
+                after_step(step)
+    job.save()
+    job.accelerator.end_training()
+    return job.run.folder / "adapter"
+
+
+if __name__ == "__main__":
+    run(read_config(DistillConfig, sys.argv[1:]))

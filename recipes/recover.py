@@ -1,0 +1,111 @@
+"""Recover a converted model and see what it gained: python recipes/recover.py [--config FILE] [key=value ...]
+
+Runs distill.py, then reads documents that were held out, and any others that are named, with the dense model, with its
+untrained window alone, with the recovered model, and with each of its two parts alone. The report says how much of the
+window's loss of perplexity is made good.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import distill
+import models
+import torch
+from data import Cutter, open_data
+from rich.console import Console
+from rich.markdown import Markdown
+from settings import DistillConfig, read_config
+from texts import documents
+
+import hf_effattn  # noqa: F401  (gives models convert_attention)
+from hf_effattn.evaluation import Subject, Variant
+from hf_effattn.evaluation.variants import as_variant
+from hf_effattn.recovery import load_adapter, merge_adapter
+
+DENSE, WINDOW, BOTH = "dense", "its window alone, untrained", "recovered"
+PARTS = {"recovered, window alone": "window", "recovered, linear part alone": "linear"}
+
+
+def perplexity(model: Any, tokenizer: Any, windows: torch.Tensor) -> float:
+    """Return the perplexity of all windows `[N, T]` together."""
+    subject = Subject(model, tokenizer)
+    losses = [subject.losses(ids.to(model.device)).double().mean() for ids in windows]
+    return math.exp(float(torch.stack(losses).mean()))
+
+
+def unseen(config: DistillConfig, tokenizer: Any, others: list[str], length: int, number: int) -> dict[str, Any]:
+    """Return windows `[N, T]` by what they are of: documents held out of training, and other texts."""
+    found = {"held-out documents": open_data(config.documents, config.streaming, tokenizer, 0).held_out(length, number)}
+    cutter = Cutter(tokenizer)
+    for name in others:
+        tokens = cutter.encode([text for _, text in documents(name)])
+        places = cutter.places(tokens, length)
+        chosen = [places[i * len(places) // number] for i in range(min(number, len(places)))]
+        found[Path(name).name] = torch.tensor([cutter.window(tokens, place, length) for place in chosen])
+    return found
+
+
+def measure(config: DistillConfig, adapter: Path, load: Any, others: list[str], length: int, number: int) -> Any:
+    """Return perplexities by text and variant."""
+    model, tokenizer = load(config.model)
+    texts = unseen(config, tokenizer, others, length, number)
+    results: dict[str, dict[str, float]] = {text: {} for text in texts}
+
+    def note(variant: str, net: Any) -> None:
+        for text, windows in texts.items():
+            results[text][variant] = perplexity(net, tokenizer, windows)
+
+    note(DENSE, model)
+    recovered = merge_adapter(load_adapter(load(config.model)[0], adapter))
+    whole = Variant("", None)
+    window = {part.part: part for part in whole.ablations()}["window"]
+    model.convert_attention(config.mechanism, **config.options)
+    with as_variant(model, window):
+        note(WINDOW, model)
+    note(BOTH, recovered)
+    for name, part in PARTS.items():
+        with as_variant(recovered, Variant(name, None, part=part)):
+            note(name, recovered)
+    return results
+
+
+def report(results: dict[str, dict[str, float]], length: int) -> str:
+    """Return the table, and what is left of the gap."""
+    names = [DENSE, WINDOW, BOTH, *PARTS]
+    lines = [f"Perplexity of windows of {length:,} tokens", "", f"| | {' | '.join(results)} |"]
+    lines.append("|---|" + "---|" * len(results))
+    for name in names:
+        row = [f"{found[name]:.2f} ({found[name] / found[DENSE]:.2f}x)" for found in results.values()]
+        lines.append(f"| {name} | {' | '.join(row)} |")
+    left = [(found[BOTH] - found[DENSE]) / (found[WINDOW] - found[DENSE]) for found in results.values()]
+    lines.append(f"| **left of the window's gap** | {' | '.join(f'**{share:.0%}**' for share in left)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default=str(Path(__file__).parent / "configs" / "recover.yaml"))
+    parser.add_argument("--others", nargs="*", default=[], help="files or folders of other unseen texts")
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=8, help="of each text")
+    parser.add_argument("changes", nargs="*", help="key=value of the config")
+    options = parser.parse_args()
+    config = read_config(DistillConfig, ["--config", options.config, *options.changes])
+    adapter = distill.run(config)
+    console = Console()
+    console.print("reading documents that were not trained on")
+    results = measure(config, adapter, models.load, options.others, options.length, options.windows)
+    (adapter.parent / "perplexity.json").write_text(json.dumps(results, indent=1) + "\n")
+    text = report(results, options.length)
+    (adapter.parent / "report.md").write_text(text)
+    console.print(Markdown(text))
+    console.print(f"written: {adapter}, {adapter.parent / 'report.md'}, log.jsonl")
+
+
+if __name__ == "__main__":
+    main()

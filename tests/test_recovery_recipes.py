@@ -1,0 +1,409 @@
+"""The training recipes: what they read; a killed run goes on as if it had not been; processes agree.
+
+`python test_recovery_recipes.py FOLDER CHANGES` (of the config, as JSON) runs recipes/distill.py on a tiny model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+TIMEOUT = 150
+SMALL = {
+    "documents": str(Path(__file__).parent / "data" / "prose.txt"),
+    "options": {"window": 6, "num_sinks": 2},
+    "lengths": [24, 32],
+    "batch_size": 2,
+    "calibration": 1,
+    "transfer_steps": 2,
+    "distill_steps": 4,
+    "window_dropout": 1.0,
+    "windows": [1, 3],
+    "save_every": 1,
+    "validate_every": 2,
+    "held_out": 2,
+}
+
+
+def load(name: str) -> Any:
+    from small import small_model, small_tokenizer
+
+    tokenizer = small_tokenizer()
+    return small_model(tokenizer), tokenizer
+
+
+def lines(folder: Path, *left_out: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("seconds", *left_out)} for line in found]
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(RECIPES))
+    import distill as recipe
+    from settings import DistillConfig as Settings
+
+    torch.set_num_threads(1)
+    changes = json.loads(sys.argv[2])
+    stop = changes.pop("stop", None)
+
+    def wait(step: int) -> None:
+        if step == stop:
+            print("waiting to be killed", flush=True)  # noqa: T201
+            sys.stdin.read()
+
+    recipe.run(Settings(**{**SMALL, "out": sys.argv[1], **changes}), load, wait)
+    sys.exit()
+
+
+@pytest.fixture
+def recipes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Imports modules of the recipes."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+    import importlib
+
+    from accelerate.state import AcceleratorState
+
+    yield importlib.import_module
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def data(recipes: Any) -> ModuleType:
+    return recipes("data")
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Thirty documents, the words of each its own number."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for number in range(30):
+        (folder / f"{number}.txt").write_text(f"{chr(65 + number)} " * (10 + number))
+    return folder
+
+
+def rows_file(texts: Path) -> Path:
+    path = texts.parent / "rows.jsonl"
+    rows = [{"id": file.name, "text": file.read_text()} for file in sorted(texts.iterdir())]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+class Letters:
+    """A tokenizer whose tokens are characters; texts begin with a token of their own."""
+
+    bos_token_id = 1
+
+    def __call__(self, text: Any, add_special_tokens: bool = True, verbose: bool = True) -> Any:
+        start = [1] if add_special_tokens else []
+        ids = [[*start, *map(ord, x)] for x in text] if isinstance(text, list) else [*start, *map(ord, text)]
+        return type("Encoded", (), {"input_ids": ids})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_windows_stay_within_one_document_and_off_those_held_out(data: Any, texts: Path, streaming: bool) -> None:
+    source = str(rows_file(texts) if streaming else texts)
+    training, held_out = data.split(data.documents(str(texts)))
+    assert {name for name, _ in held_out} == {f"{n}.txt" for n in range(30) if data.is_held_out(f"{n}.txt")}
+    found = data.open_data(source, streaming, Letters(), 0)
+    windows = [tuple(row["input_ids"]) for row in found.dataset(16)]
+    seen = set()
+    for window in windows:
+        assert len(window) == 16
+        assert window[0] == 1
+        letters = set(window[1:]) - {ord(" ")}
+        assert len(letters) == 1
+        seen |= letters
+    assert seen == {ord(text[0]) for _, text in training if len(text) >= 15}
+    kept = set(found.held_out(16, 100).flatten().tolist()) - {1, ord(" ")}
+    assert kept == {ord(text[0]) for _, text in held_out if len(text) >= 15}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_batches_go_on_from_any_step(data: Any, texts: Path, streaming: bool) -> None:
+    source = str(rows_file(texts) if streaming else texts)
+
+    def batches(start: int, number: int, seed: int = 0) -> list[torch.Tensor]:
+        found = data.open_data(source, streaming, Letters(), seed).batches(16, 3, start)
+        return [next(found) for _ in range(number)]
+
+    whole = batches(0, 40)  # more than an epoch
+    size = len(list(data.open_data(source, streaming, Letters(), 0).dataset(16)))
+    assert size < 120
+    for start in (1, 20, 37):
+        assert torch.equal(torch.stack(whole[start:]), torch.stack(batches(start, 40 - start)))
+    rows = torch.cat(whole)[:size].tolist()
+    expected = [row["input_ids"] for row in data.open_data(source, streaming, Letters(), 0).dataset(16)]
+    assert sorted(rows) == sorted(expected)  # each once in an epoch
+    assert rows != expected
+    assert not torch.equal(torch.stack(whole), torch.stack(batches(0, 40, seed=1)))
+
+
+def test_a_single_document_holds_out_its_end(data: Any) -> None:
+    text = "".join(f"line {n}\n" for n in range(100))
+    ((_, training),), ((_, held_out),) = data.split([("a", text)])
+    assert training + held_out == text
+    assert 0.85 < len(training) / len(text) < 0.95
+
+
+def test_both_sides_have_documents_and_no_text_is_on_both(data: Any, tmp_path: Path) -> None:
+    for names in (["a", "b"], ["a", "b", "c"]):
+        assert all(data.split([(name, name) for name in names]))
+    path = tmp_path / "twice.jsonl"
+    path.write_text("".join(json.dumps({"id": str(n), "text": f"text {n % 5}"}) + "\n" for n in range(50)))
+    assert len(data.documents(str(path))) == 5
+
+
+def test_what_python_has_is_split_by_name(data: Any) -> None:
+    training, held_out = data.split(data.documents(None))
+    assert not {name for name, _ in training} & {name for name, _ in held_out}
+    assert 0.05 < len(held_out) / len(training) < 0.25
+    assert {name.partition("/")[0] for name, _ in held_out} == {"topics", "stdlib"}
+
+
+def test_too_little_text_and_other_streams_are_refused(data: Any, texts: Path) -> None:
+    with pytest.raises(ValueError, match="has 1000 tokens"):
+        next(data.open_data(str(texts), False, Letters(), 0).batches(1000, 1))
+    with pytest.raises(ValueError, match="has 1000 tokens"):
+        next(data.open_data(str(rows_file(texts)), True, Letters(), 0).batches(1000, 1))
+    with pytest.raises(ValueError, match="streaming reads"):
+        data.open_data(str(texts), True, Letters(), 0)
+
+
+def test_configs_are_read_and_overridden(recipes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = recipes("settings")
+    path = tmp_path / "a.yaml"
+    path.write_text("transfer_lr: 1e-3\nlengths: [64]\noptions: {window: 8}\n")
+    read = settings.read_config
+    config = read(settings.DistillConfig, ["--config", str(path), "options.num_sinks=2", "seed=3", "documents=null"])
+    assert config.transfer_lr == 1e-3
+    assert config.options == {"window": 8, "num_sinks": 2}
+    assert (config.lengths, config.seed, config.documents) == ([64], 3, None)
+    for wrong, message in (
+        ("windws=[1]", "unknown keys windws; valid: model, mechanism"),
+        ("seed=many", "seed is int"),
+        ("seed=1.5", "seed is int"),
+        ("bf16=1", "bf16 is bool"),
+        ("transfer_lr=fast", "transfer_lr is float"),
+        ("--seed=3", "arguments are"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(settings.DistillConfig, [wrong])
+    with pytest.raises(SystemExit):
+        read(settings.FinetuneConfig, ["--help"])
+    assert "lora_rank" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted((RECIPES / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_configs_that_come_along_are_valid(path: Path, recipes: Any) -> None:
+    settings = recipes("settings")
+    settings.read_config(settings.DistillConfig, ["--config", str(path)])
+
+
+def distill(recipes: Any, folder: Path, after_step: Any = lambda step: None, **changes: Any) -> Path:
+    config = recipes("settings").DistillConfig(**{**SMALL, "out": str(folder), **changes})
+    return recipes("distill").run(config, load, after_step)
+
+
+def test_distillation_learns_and_leaves_an_adapter(recipes: Any, tmp_path: Path) -> None:
+    from hf_effattn.recovery import load_adapter
+
+    folder = distill(recipes, tmp_path)
+    found = lines(tmp_path)
+    assert [x["step"] for x in found if x["stage"] == "transfer"] == [1, 2]
+    assert [x["step"] for x in found if x["stage"] == "distill"] == [3, 4, 5, 6]
+    assert [x["tokens"] for x in found if x["stage"] == "distill"] == [48, 48, 64, 64]
+    assert [x["step"] for x in found if x["stage"] == "validation"] == [0, 2, 4, 6]
+    assert {x["window"] for x in found if x["stage"] == "distill"} - {None} <= {1, 3}
+    assert [path.name for path in sorted(tmp_path.glob("checkpoint-*"))] == ["checkpoint-000005", "checkpoint-000006"]
+    again = recipes("distill").Distillation(recipes("settings").DistillConfig(**{**SMALL, "out": str(tmp_path)}), load)
+    again.student = load_adapter(load("")[0], folder).eval()
+    again.validate(6)
+    assert lines(tmp_path)[-1] == [x for x in found if x["stage"] == "validation"][-1]
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+def kill_at(number: int) -> Any:
+    def kill(step: int) -> None:
+        if step == number:
+            raise Killed
+
+    return kill
+
+
+@pytest.mark.parametrize("at", [2, 4])
+def test_a_run_that_is_killed_goes_on_as_if_nothing_had_happened(recipes: Any, tmp_path: Path, at: int) -> None:
+    distill(recipes, tmp_path / "whole")
+    with pytest.raises(Killed):
+        distill(recipes, tmp_path / "killed", kill_at(at))
+    done = []
+    distill(recipes, tmp_path / "killed", done.append)
+    assert done[0] == at  # its checkpoint had not been written yet
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    first, second = (adapter(tmp_path / name) for name in ("killed", "whole"))
+    assert first == second
+
+
+def adapter(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (folder / "adapter").glob("*.safetensors")}
+
+
+def test_a_run_does_not_go_on_with_another_config(recipes: Any, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        distill(recipes, tmp_path, kill_at(4))
+    with pytest.raises(ValueError, match="other values of distill_steps, seed"):
+        distill(recipes, tmp_path, seed=1, distill_steps=5)
+    steps: list[int] = []
+    distill(recipes, tmp_path, steps.append, seed=1, resume=False)
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"bf16": True, "gradient_checkpointing": True},
+        {"reverse_weight": 0.5, "temperature": 2.0, "lora_mlp": True, "transfer_steps": 0},
+        {"mechanism": "sparse", "calibration": 0},
+    ],
+    ids=["bf16", "reverse", "sparse"],
+)
+def test_options_of_distillation(recipes: Any, tmp_path: Path, changes: dict[str, Any]) -> None:
+    folder = distill(recipes, tmp_path, **{"distill_steps": 2, **changes})
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert all(x["loss"] < 20 for x in lines(tmp_path))
+
+
+def test_checkpointing_and_small_batches_change_nothing(recipes: Any, tmp_path: Path) -> None:
+    distill(recipes, tmp_path / "plain", micro_batch_size=2)
+    distill(recipes, tmp_path / "saving", micro_batch_size=1, gradient_checkpointing=True)
+    assert_same(tmp_path / "saving", tmp_path / "plain")
+
+
+def assert_same(actual: Path, expected: Path) -> None:
+    assert len(lines(actual)) == len(lines(expected))
+    for a, b in zip(lines(actual), lines(expected), strict=True):
+        assert a.keys() == b.keys()
+        for key in ("loss", "grad_norm", "kl"):
+            assert a.get(key, 0.0) == pytest.approx(b.get(key, 0.0), rel=1e-3, abs=1e-5), (key, a, b)
+        assert [a[k] for k in ("stage", "step")] == [b[k] for k in ("stage", "step")]
+        assert a.get("window") == b.get("window")
+
+
+def test_a_loss_that_is_no_number_stops_the_run(recipes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_effattn import recovery
+
+    kl = recovery.forward_kl
+    monkeypatch.setattr(
+        recovery, "forward_kl", lambda own, *rest: kl(own * (torch.nan if own.requires_grad else 1), *rest)
+    )
+    with pytest.raises(recovery.Diverged, match=r"step 3: .*checkpoint-000002"):
+        distill(recipes, tmp_path)
+
+
+def finetune(recipes: Any, folder: Path, callbacks: Any = None, **changes: Any) -> Path:
+    small = {
+        "documents": SMALL["documents"],
+        "length": 24,
+        "steps": 4,
+        "accumulation": 2,
+        "save_every": 2,
+        "held_out": 2,
+        "validate_every": 2,
+    }
+    config = recipes("settings").FinetuneConfig(**{**small, "out": str(folder), **changes})
+    return recipes("finetune").run(config, load, callbacks)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dense", "recovered"])
+def test_finetuning_goes_on_after_a_kill(recipes: Any, tmp_path: Path, kind: str) -> None:
+    from transformers import TrainerCallback
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                raise Killed
+
+    changes: dict[str, Any] = {"linear": {"mechanism": "linear", "options": SMALL["options"]}}.get(kind, {})
+    if kind == "recovered":
+        changes = {"adapter": str(distill(recipes, tmp_path / "recovered"))}
+    whole = finetune(recipes, tmp_path / "whole", **changes)
+    with pytest.raises(Killed):
+        finetune(recipes, tmp_path / "killed", [Kill()], **changes)
+    finetune(recipes, tmp_path / "killed", **changes)
+    assert adapter(tmp_path / "killed") == adapter(whole.parent)
+
+
+def start(folder: Path, changes: dict[str, Any], **options: Any) -> subprocess.Popen[str]:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **options.pop("env", {})}
+    command = [sys.executable, __file__, str(folder), json.dumps(changes)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("at", [2, 5])
+def test_sigkill_is_survived(recipes: Any, tmp_path: Path, at: int) -> None:
+    distill(recipes, tmp_path / "whole")
+    with start(tmp_path / "killed", {"stop": at}, stdin=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        told = next((line for line in process.stdout if "waiting" in line), None)
+        process.kill()
+    assert told is not None
+    assert process.returncode == -signal.SIGKILL
+    with start(tmp_path / "killed", {}) as process:
+        process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 0
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(recipes: Any, tmp_path: Path) -> None:
+    from test_distributed import free_port
+
+    distill(recipes, tmp_path / "one", batch_size=4)
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    processes = [start(tmp_path / "two", {"batch_size": 4}, env={"ACCELERATE_USE_CPU": "1", **env}) for env in ranks]
+    try:
+        for process in processes:
+            process.communicate(timeout=TIMEOUT)
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0]
+    assert_same(tmp_path / "two", tmp_path / "one")
+
+
+def test_the_report_compares_the_recovered_model_with_its_parts(recipes: Any, tmp_path: Path) -> None:
+    recover, settings = recipes("recover"), recipes("settings")
+    config = settings.DistillConfig(**{**SMALL, "out": str(tmp_path / "run"), "distill_steps": 2})
+    adapter = recipes("distill").run(config, load)
+    others = tmp_path / "other.txt"
+    others.write_text(Path(SMALL["documents"]).read_text(encoding="utf-8")[:3000])
+    results = recover.measure(config, adapter, load, [str(others)], 32, 3)
+    assert list(results) == ["held-out documents", "other.txt"]
+    names = ["dense", "its window alone, untrained", "recovered", "recovered, window alone"]
+    for found in results.values():
+        assert list(found) == [*names, "recovered, linear part alone"]
+        assert len(set(found.values())) == 5  # each is another model
+    dense, tokenizer = load("")
+    windows = recover.unseen(config, tokenizer, [], 32, 3)["held-out documents"]
+    with torch.inference_mode():
+        losses = [dense(ids[None], labels=ids[None]).loss for ids in windows]
+    assert torch.stack(losses).mean().exp().item() == pytest.approx(results["held-out documents"]["dense"], rel=1e-4)
+    text = recover.report(results, 32)
+    assert "| dense |" in text
+    assert "left of the window's gap" in text
