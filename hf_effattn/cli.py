@@ -30,7 +30,7 @@ from .evaluation import Results, Settings, Variant, evaluate, markdown
 from .evaluation.material import TOO_LONG, Sources
 from .evaluation.plots import plots
 from .evaluation.runner import SETTINGS
-from .evaluation.variants import DENSE, is_converted
+from .evaluation.variants import ADAPTER, DENSE, is_converted
 from .targets import supported_models
 
 Loader = Callable[[str, torch.dtype, str], tuple[Any, Any]]
@@ -70,7 +70,9 @@ def make_app(loader: Loader = load, default_model: str | None = None) -> typer.T
         number: Annotated[int, typer.Option(help="Examples of each task and length.")] = 10,
         variant: Annotated[
             list[str] | None,
-            typer.Option(help="A conversion, as in sparse:window=512,num_sinks=4; may be given several times."),
+            typer.Option(
+                help="A conversion, as in sparse:window=512,num_sinks=4, or adapter:FOLDER; may be given several times."
+            ),
         ] = None,
         against: Annotated[str, typer.Option(help="The variant that others are compared with.")] = DENSE,
         ablate: Annotated[bool, typer.Option(help="Also the parts of linear attention with a window, alone.")] = False,
@@ -146,7 +148,7 @@ def _run(
 def _variants(net: Any, asked: list[Variant], against: str, ablate: bool) -> list[Variant]:
     """Return what to run: the model as given if it is converted, the dense one if compared with, and what was asked."""
     found = [Variant("as given", None)] if is_converted(net) else []
-    linear = [v for v in (*found, *asked) if v.mechanism in (None, "linear")]
+    linear = [v for v in (*found, *asked) if v.mechanism in (None, "linear", ADAPTER)]
     found += [part for v in found if ablate for part in v.ablations()]
     names = [each.name for each in asked]
     if DENSE not in names and (against == DENSE or not (found or asked)):

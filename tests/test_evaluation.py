@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from small import PROSE, small_model, small_tokenizer
 from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
@@ -21,6 +22,7 @@ from hf_effattn.evaluation.material import Sources
 from hf_effattn.evaluation.plots import plots
 from hf_effattn.evaluation.runner import RESULTS
 from hf_effattn.evaluation.variants import as_variant, is_converted
+from hf_effattn.recovery import save_adapter
 
 DENSE = Variant("dense", "dense")
 VARIANTS = [DENSE, Variant.parse("sparse:window=24,num_sinks=2"), Variant.parse("linear:window=16")]
@@ -39,6 +41,12 @@ def material() -> Material:
 
 def plain_losses(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return cross_entropy(model(ids[None]).logits[0, :-1].float(), ids[1:], reduction="none")
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_each_task_says_what_it_is_and_is_in_the_readme(name: str) -> None:
+    assert TASKS.get(name).__doc__
+    assert f"`{name}`" in (Path(__file__).parents[1] / "README.md").read_text()
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
@@ -201,6 +209,29 @@ def test_parts_of_a_linear_layer_stand_alone_with_what_they_have_learned(model: 
         torch.testing.assert_close(model(ids).logits, expected(ids).logits, atol=1e-5, rtol=1e-5)
     assert torch.equal(model(ids).logits, given)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_adapter_is_a_variant_and_leaves_the_model_as_it_was(model: Any, tmp_path: Path, lora: bool) -> None:
+    ids, dense = torch.arange(3, 103)[None], model(torch.arange(3, 103)[None]).logits
+    tuned = small_model(TOKENIZER).convert_attention("linear", window=16)
+    if lora:
+        tuned = get_peft_model(tuned, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "effattn" in name:
+                parameter.normal_()
+    save_adapter(tuned, tmp_path)
+    variant = Variant.parse(f"adapter:{tmp_path}")
+    with as_variant(model, variant):
+        torch.testing.assert_close(model(ids).logits, tuned(ids).logits, atol=1e-5, rtol=1e-5)
+    for part in variant.ablations():
+        with as_variant(model, part):
+            assert (model(ids).logits - tuned(ids).logits).abs().max() > 1e-4
+    assert torch.equal(model(ids).logits, dense)
+    assert [name for name, _ in model.named_parameters()] == [
+        name for name, _ in small_model(TOKENIZER).named_parameters()
+    ]
 
 
 @pytest.mark.parametrize(

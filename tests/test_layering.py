@@ -29,7 +29,7 @@ FLOORS = {
     "saving": 5.5,
     "report": 5.5,  # on floor 5, above the conversion it reports
     "recovery": 6,
-    "evaluation": 6,
+    "evaluation": 6.5,  # it measures what was recovered
     "cli": 7,
 }
 FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.py")

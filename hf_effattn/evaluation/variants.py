@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from ..attention import HybridAttention
 from ..config import SparseConfig
 from ..convert import convert_attention, revert_attention
+from ..recovery import load_adapter
+from ..recovery.teacher import converted_layers, mechanism_of
 from ..report import attention_report
-from ..targets import find_targets
 
-DENSE = "dense"
+DENSE, ADAPTER = "dense", "adapter"
 PARTS = ("window", "linear")
 
 
@@ -26,8 +27,9 @@ class Variant:
 
     Args:
         name: In reports.
-        mechanism: "linear" or "sparse"; None for the model as it was given, DENSE for softmax attention.
-        options: Of the mechanism.
+        mechanism: "linear" or "sparse"; None for the model as it was given, DENSE for softmax attention, ADAPTER for
+            what `save_adapter` wrote.
+        options: Of the mechanism; of an adapter, its `folder`.
         part: "window" or "linear" to leave only this part of linear layers with a window; None for both.
     """
 
@@ -39,7 +41,7 @@ class Variant:
     @classmethod
     def parse(cls, text: str) -> Variant:
         """Read what users type: `dense`, or a mechanism and its options as in
-        `sparse:window=512,num_sinks=4,keep_softmax=[0,5]`; values are JSON, or else words.
+        `sparse:window=512,num_sinks=4,keep_softmax=[0,5]`; values are JSON, or else words. Or `adapter:FOLDER`.
 
         Raises:
             ValueError: if the text is not of this form.
@@ -47,8 +49,13 @@ class Variant:
         mechanism, _, rest = text.partition(":")
         if mechanism == DENSE and not rest:
             return cls(DENSE, DENSE)
+        if mechanism == ADAPTER and rest:
+            return cls(text, ADAPTER, {"folder": rest})
         if mechanism not in ("linear", "sparse"):
-            raise ValueError(f"a variant is 'dense', or 'linear' or 'sparse' with options behind a colon; got {text!r}")
+            raise ValueError(
+                "a variant is 'dense', 'adapter:FOLDER', or 'linear' or 'sparse' with options behind a colon; "
+                f"got {text!r}"
+            )
         return cls(text, mechanism, dict(_option(part, text) for part in _split(rest)))
 
     def ablations(self) -> list[Variant]:
@@ -71,21 +78,25 @@ def as_variant(model: PreTrainedModel, variant: Variant) -> Iterator[PreTrainedM
         return
     if is_converted(model):
         revert_attention(model)
-    if variant.mechanism != DENSE:
+    tuned: Any = model
+    if variant.mechanism == ADAPTER:
+        tuned = load_adapter(model, variant.options["folder"])
+    elif variant.mechanism != DENSE:
         convert_attention(model, variant.mechanism, **variant.options)
     try:
         with _only(model, variant.part):
-            yield model
+            yield model  # PEFT puts its layers into the model itself
     finally:
-        if variant.mechanism != DENSE:
-            revert_attention(model)
+        if tuned is not model:
+            tuned.unload()
+        revert_attention(model)
 
 
 @contextmanager
 def _only(model: PreTrainedModel, part: str | None) -> Iterator[None]:
     """Leave only one part of linear layers with a window, with the feature maps they have learned."""
-    modules: dict[int, Any] = dict(find_targets(model).modules)
-    hybrids = {i: m.effattn for i, m in modules.items() if isinstance(getattr(m, "effattn", None), HybridAttention)}
+    modules: dict[int, Any] = dict(converted_layers(model)) if part else {}
+    hybrids = {i: mechanism_of(m) for i, m in modules.items() if isinstance(mechanism_of(m), HybridAttention)}
     if part is None:
         yield
         return
