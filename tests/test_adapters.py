@@ -141,6 +141,7 @@ def test_layers_may_differ(model: str, maps: Any, tmp_path: Path) -> None:
     assert torch.equal(logits(load_adapter(tiny_model(model), tmp_path / "lora")), logits(wrapped))
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gives_the_same_logits(tmp_path: Path) -> None:
     torch.save(IDS, tmp_path / "ids.pt")
     nets = {model: tuned(mixed(model), model, ["effattn"]) for model in TARGETS}

@@ -56,6 +56,7 @@ def test_a_text_too_short_to_show_anything_is_refused(demo: ModuleType) -> None:
         demo.run(tiny_model("gpt2"), Words(), "x" * 20, 4096, Console(quiet=True))
 
 
+@pytest.mark.slow
 def test_the_benchmark_writes_numbers_and_tables(tmp_path: Path) -> None:
     out = tmp_path / "results" / "tiny.json"
     arguments = ["--lengths", "64", "128", "--rounds", "1", "--out", str(out)]

@@ -66,6 +66,7 @@ def test_shards_and_mixed_layers_survive(model: str, case: Case, tmp_path: Path)
     assert torch.equal(base(IDS).last_hidden_state, inner(IDS).last_hidden_state)
 
 
+@pytest.mark.slow
 @on_every_model
 def test_a_fresh_process_gives_the_same_logits(model: str, tmp_path: Path) -> None:
     net = shake(tiny_model(model).convert_attention("linear", window=6, num_sinks=2))
@@ -88,6 +89,7 @@ torch.save([loaded(ids).logits, pickled(ids).logits], folder + "/logits.pt")
         assert torch.equal(logits, net(IDS).logits)
 
 
+@pytest.mark.slow
 def test_without_the_plugin_loading_fails_loudly(tmp_path: Path) -> None:
     converted_model("llama-gqa", DEFAULTS[2]).save_pretrained(tmp_path)
     code = "import sys; from transformers import {0}; {0}.from_pretrained(sys.argv[1])"

@@ -9,6 +9,9 @@ import torch
 from .sparse import masked
 
 
+QUERIES = 64  # at a time, unless bands are wider
+
+
 class Lines(NamedTuple):
     """What the queries of one stretch see of the keys before it.
 
@@ -34,7 +37,7 @@ def attend(
     scale: float,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """Compute `softmax(q·kᵀ · scale over the keys seen) v` for queries of one stretch, `width` of them at a time.
+    """Compute `softmax(q·kᵀ · scale over the keys seen) v` for queries of one stretch, some of them at a time.
 
     A query at position t sees, up to itself, the keys from `start` on, those at `columns`, and those whose distance to
     it is in one of the `bands`. Only these are read.
@@ -53,8 +56,9 @@ def attend(
     flat_key, flat_value = key.flatten(0, 2), value.flatten(0, 2)
     in_band = _distances_in_bands(lines.bands, width, slots)
     outputs = []
-    for begin in range(0, tokens, width):
-        tile = by_head[:, :, begin : begin + width]
+    size = max(width, QUERIES)
+    for begin in range(0, tokens, size):
+        tile = by_head[:, :, begin : begin + size]
         end = begin + tile.shape[2]
         place = first[:, None] + torch.arange(begin, end, device=key.device)  # [B, n]
         own = start[:, None] + torch.arange(longest - tokens + end, device=key.device)  # [B, L]
