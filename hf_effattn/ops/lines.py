@@ -8,7 +8,6 @@ import torch
 
 from .sparse import masked
 
-
 QUERIES = 64  # at a time, unless bands are wider
 
 
