@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,11 +26,11 @@ try:
 except ImportError as error:
     raise ImportError("the command line needs typer and rich: pip install hf_effattn[eval]") from error
 
-from .evaluation import Results, Settings, Variant, evaluate, markdown
+from .evaluation import Settings, Variant, evaluate, markdown
 from .evaluation.material import TOO_LONG, Sources
 from .evaluation.plots import plots
-from .evaluation.runner import SETTINGS
 from .evaluation.variants import ADAPTER, DENSE, is_converted
+from .plotting import new_figure
 from .targets import supported_models
 
 Loader = Callable[[str, torch.dtype, str], tuple[Any, Any]]
@@ -119,6 +119,7 @@ def _run(
     out: Path,
 ) -> None:
     console = Console()
+    new_figure()  # rather now than after hours, if there is no matplotlib
     material, skipped = sources.gather(tokenizer, settings.seed)
     columns = (TextColumn("{task.description:40}"), BarColumn(), TaskProgressColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
@@ -127,17 +128,16 @@ def _run(
         def advance(description: str, done: int, total: int) -> None:
             progress.update(bar, description=description, completed=done, total=total)
 
-        records = evaluate(net, tokenizer, settings, material, out, advance)
-    stored = json.loads((out / SETTINGS).read_text())
+        results = evaluate(net, tokenizer, settings, material, out, advance)
     source = ", ".join(sources.texts) or "Python's language reference"
     notes = [
         f"model {name}, {net.dtype}, seed {settings.seed}, answers generated greedily"
         + (" through the chat template" if settings.chat else ""),
         f"haystack and passages from {source}: numbers are comparable in kind with RULER's, not digit for digit",
         f"{len(skipped)} rows skipped" + "".join(f"; {each.place}: {each.reason}" for each in skipped[:20]),
-        *stored["notes"],
+        *results.notes,
     ]
-    results = Results(records, stored["cache_bytes"], against, f"Evaluation of {name}", notes)
+    results = replace(results, against=against, title=f"Evaluation of {name}", notes=notes)
     report = markdown(results)
     (out / "report.md").write_text(report, encoding="utf-8")
     drawn = plots(results, out)

@@ -132,11 +132,15 @@ def _make(config: MechanismConfig, targets: Targets, index: int, model: PreTrain
     return mechanism.to(device=parameters[0].device, dtype=dtype)
 
 
+def carries_adapter(model: PreTrainedModel) -> bool:
+    """Whether PEFT has put an adapter into layers of `model`."""
+    return any("lora_" in name or ".base_layer." in name for name, _ in model.named_parameters())
+
+
 def _freeze_under_peft(model: PreTrainedModel, made: dict[int, Mechanism]) -> None:
     """Freeze new parameters that a PEFT adapter around the model would train but not save."""
-    adapted = any("lora_" in name or ".base_layer." in name for name, _ in model.named_parameters())
     learned = [parameter for mechanism in made.values() for parameter in mechanism.parameters()]
-    if not adapted or not learned:
+    if not learned or not carries_adapter(model):
         return
     for parameter in learned:
         parameter.requires_grad_(False)

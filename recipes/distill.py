@@ -20,7 +20,7 @@ from data import open_data
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from runs import Run
 from settings import DistillConfig, read_config
-from stages import Stage, checkpointed, lora, train
+from stages import Stage, checkpointed, groups_of, lora, train
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -92,17 +92,14 @@ class Distillation:
         self.student = lora(self.student, c.lora_rank, c.lora_alpha, c.lora_mlp)
         if c.gradient_checkpointing:
             checkpointed(self.student.get_base_model())
-        trained = [(".effattn." in name, p) for name, p in self.student.named_parameters() if p.requires_grad]
-        rates = ((False, c.lora_lr), (True, c.effattn_lr))
-        groups = [{"params": [p for own, p in trained if own == side], "lr": rate} for side, rate in rates]
+        groups = groups_of(self.student, c.lora_lr, c.effattn_lr)
         dropout = recovery.WindowDropout(c.window_dropout, tuple(c.windows), c.distill_steps)
 
         def window(step: int) -> int | None:  # the same in all processes, and in a run that goes on
             return dropout.draw(step, torch.Generator().manual_seed(c.seed * 1_000_003 + step))
 
         end = c.transfer_steps + c.distill_steps
-        used = [group for group in groups if group["params"]]
-        return Stage("distill", c.transfer_steps, end, self.student, used, self.losses, c.lengths, window)
+        return Stage("distill", c.transfer_steps, end, self.student, groups, self.losses, c.lengths, window)
 
     def losses(self, student: Any, ids: torch.Tensor) -> torch.Tensor:
         """Return forward KL, and weighted reverse KL, as a tensor `[2]`."""

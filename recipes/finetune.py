@@ -15,7 +15,7 @@ import torch
 from data import open_data
 from peft import PeftModel
 from settings import FinetuneConfig, read_config
-from stages import lora
+from stages import groups_of, lora
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -36,10 +36,8 @@ class AdapterTrainer(Trainer):
     effattn_lr = 1e-3
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        trained = [(".effattn." in n, p) for n, p in self._module(model).named_parameters() if p.requires_grad]
-        rates = ((False, self.args.learning_rate), (True, self.effattn_lr))
-        groups = [{"params": [p for own, p in trained if own == side], "lr": rate} for side, rate in rates]
-        self.optimizer = torch.optim.AdamW([group for group in groups if group["params"]], weight_decay=0.0)
+        groups = groups_of(self._module(model), self.args.learning_rate, self.effattn_lr)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         return self.optimizer
 
     def _module(self, model: Any = None) -> Any:

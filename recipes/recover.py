@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,10 @@ from rich.markdown import Markdown
 from settings import DistillConfig, read_config
 from texts import documents
 
-import hf_effattn  # noqa: F401  (gives models convert_attention)
 from hf_effattn.evaluation import Subject, Variant
-from hf_effattn.evaluation.variants import as_variant
-from hf_effattn.recovery import load_adapter, merge_adapter
+from hf_effattn.evaluation.variants import ADAPTER, DENSE, as_variant
 
-DENSE, WINDOW, BOTH = "dense", "its window alone, untrained", "recovered"
+WINDOW, BOTH = "its window alone, untrained", "recovered"
 PARTS = {"recovered, window alone": "window", "recovered, linear part alone": "linear"}
 
 
@@ -54,23 +53,14 @@ def measure(config: DistillConfig, adapter: Path, load: Any, others: list[str], 
     """Return perplexities by text and variant."""
     model, tokenizer = load(config.model)
     texts = unseen(config, tokenizer, others, length, number)
+    untrained = Variant(WINDOW, config.mechanism, dict(config.options), "window")
+    recovered = Variant(BOTH, ADAPTER, {"folder": str(adapter)})
+    parts = [replace(recovered, name=name, part=part) for name, part in PARTS.items()]
     results: dict[str, dict[str, float]] = {text: {} for text in texts}
-
-    def note(variant: str, net: Any) -> None:
-        for text, windows in texts.items():
-            results[text][variant] = perplexity(net, tokenizer, windows)
-
-    note(DENSE, model)
-    recovered = merge_adapter(load_adapter(load(config.model)[0], adapter))
-    whole = Variant("", None)
-    window = {part.part: part for part in whole.ablations()}["window"]
-    model.convert_attention(config.mechanism, **config.options)
-    with as_variant(model, window):
-        note(WINDOW, model)
-    note(BOTH, recovered)
-    for name, part in PARTS.items():
-        with as_variant(recovered, Variant(name, None, part=part)):
-            note(name, recovered)
+    for variant in (Variant(DENSE, DENSE), untrained, recovered, *parts):
+        with as_variant(model, variant):
+            for text, windows in texts.items():
+                results[text][variant.name] = perplexity(model, tokenizer, windows)
     return results
 
 

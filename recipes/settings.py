@@ -15,8 +15,33 @@ import yaml
 Config = TypeVar("Config")
 
 
-@dataclass(frozen=True)
-class DistillConfig:
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """What all recipes have; their own docstrings say what it means."""
+
+    model: str = models.EMBEDDED
+    options: dict[str, Any] = field(default_factory=dict)
+    documents: str | None = None
+    streaming: bool = False
+    lora_lr: float = 1e-4
+    effattn_lr: float = 1e-3
+    lora_rank: int = 8
+    lora_alpha: int = 16
+    lora_mlp: bool = False
+    warmup: float = 0.05
+    max_norm: float = 1.0
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    validate_every: int = 100
+    held_out: int = 8
+    save_every: int = 50
+    resume: bool = True
+    trackers: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(RecipeConfig):
     """How a model is converted and recovered.
 
     model: a Hub id or folder; mechanism, options: of convert_attention, such as options.window=64
@@ -32,11 +57,7 @@ class DistillConfig:
     out; save_every: steps; resume: go on from the newest checkpoint in out; trackers: such as [tensorboard]
     """
 
-    model: str = models.EMBEDDED
     mechanism: str = "linear"
-    options: dict[str, Any] = field(default_factory=dict)
-    documents: str | None = None
-    streaming: bool = False
     lengths: list[int] = field(default_factory=lambda: [512])
     batch_size: int = 4
     micro_batch_size: int = 1
@@ -44,30 +65,15 @@ class DistillConfig:
     transfer_steps: int = 200
     transfer_lr: float = 1e-2
     distill_steps: int = 200
-    lora_lr: float = 1e-4
-    effattn_lr: float = 1e-3
     temperature: float = 1.0
     reverse_weight: float = 0.0
-    lora_rank: int = 8
-    lora_alpha: int = 16
-    lora_mlp: bool = False
     window_dropout: float = 0.5
     windows: list[int] = field(default_factory=lambda: [1, 8, 16])
-    warmup: float = 0.05
-    max_norm: float = 1.0
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    seed: int = 0
-    validate_every: int = 100
-    held_out: int = 8
     out: str = "recover_output"
-    save_every: int = 50
-    resume: bool = True
-    trackers: list[str] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class FinetuneConfig:
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(RecipeConfig):
     """How a model is fine-tuned.
 
     model: a Hub id or folder; adapter: what save_adapter wrote, to go on with; else mechanism (null: dense) and options
@@ -80,33 +86,14 @@ class FinetuneConfig:
     out; save_every: steps; resume: go on from the newest checkpoint in out; trackers: such as [tensorboard]
     """
 
-    model: str = models.EMBEDDED
     adapter: str | None = None
     mechanism: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    documents: str | None = None
-    streaming: bool = False
     length: int = 1024
     steps: int = 200
     batch_size: int = 1
     accumulation: int = 4
-    lora_lr: float = 1e-4
-    effattn_lr: float = 1e-3
-    warmup: float = 0.05
-    max_norm: float = 1.0
-    lora_rank: int = 8
-    lora_alpha: int = 16
     lora_dropout: float = 0.0
-    lora_mlp: bool = False
-    bf16: bool = False
-    gradient_checkpointing: bool = False
-    seed: int = 0
-    held_out: int = 8
-    validate_every: int = 100
     out: str = "finetune_output"
-    save_every: int = 50
-    resume: bool = True
-    trackers: list[str] = field(default_factory=list)
 
 
 def read_config(kind: type[Config], arguments: Sequence[str]) -> Config:

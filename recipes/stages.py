@@ -106,6 +106,14 @@ def checkpointed(model: Any) -> None:
             module.training = True
 
 
+def groups_of(model: nn.Module, lora_lr: float, effattn_lr: float) -> list[dict[str, Any]]:
+    """Return what is trained of `model` as groups of an optimizer: what mechanisms learn has a rate of its own."""
+    trained = [(".effattn." in name, p) for name, p in model.named_parameters() if p.requires_grad]
+    rates = ((False, lora_lr), (True, effattn_lr))
+    groups = [{"params": [p for own, p in trained if own == side], "lr": rate} for side, rate in rates]
+    return [group for group in groups if group["params"]]
+
+
 def lora(model: Any, rank: int, alpha: int, mlp: bool = False, **options: Any) -> PeftModel:
     """Put LoRA on the projections of attention, or of whole layers, and train what conversion added along with it."""
     names = {id(module): name for name, module in model.named_modules()}

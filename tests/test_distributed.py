@@ -2,58 +2,39 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import socket
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import distributed_worker as worker
+import processes
 import pytest
 import torch
 from matrix import DEFAULTS, Case, tokens
 from transformers import AutoModelForCausalLM
 
-WORKER = Path(worker.__file__)
-TIMEOUT = 150
 IDS = tokens(2, 24)
 pytestmark = pytest.mark.slow
 every_case = pytest.mark.parametrize(("model", "case"), worker.CASES, ids=[f"{m}-{c}" for m, c in worker.CASES])
 
 
 def start(job: Sequence[str], folder: Path, **options: Any) -> subprocess.Popen[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **options.pop("env", {})}
-    command = [sys.executable, str(WORKER), *job, str(folder)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, **options)
+    return processes.start(worker.__file__, *job, str(folder), **options)
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
-def in_processes(job: Sequence[str], folder: Path, number: int = worker.NUM_PROCESSES) -> Path:
-    """Run a job in `number` processes that know of each other; if one fails, the others are ended."""
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(number)}
-    common["LOCAL_WORLD_SIZE"] = str(number)
-    processes, logs = [], []
-    for rank in range(number):
-        logs.append(folder / f"rank{rank}.log")
-        env = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with logs[-1].open("w") as log:
-            processes.append(start(job, folder, env=env, stderr=log))
-    try:
-        for process in processes:
-            process.communicate(timeout=TIMEOUT)
-    finally:
-        for process in processes:
-            process.kill()
+def in_processes(job: Sequence[str], folder: Path) -> Path:
+    """Run a job in processes that know of each other; if one fails, the others are ended."""
+    logs = [folder / f"rank{rank}.log" for rank in range(worker.NUM_PROCESSES)]
+    with ExitStack() as stack:
+        files = [stack.enter_context(log.open("w")) for log in logs]
+        environments = processes.ranks(worker.NUM_PROCESSES)
+        started = [start(job, folder, env=env, stderr=log) for env, log in zip(environments, files, strict=True)]
+        codes = processes.return_codes(started)
     told = "\n".join(f"{log.name}: {log.read_text()[-3000:]}" for log in logs)
-    assert [process.returncode for process in processes] == [0] * number, told
+    assert codes == [0] * len(logs), told
     return folder
 
 
@@ -149,9 +130,7 @@ def test_a_run_that_is_killed_resumes_on_the_same_loss_curve(model: str, case: C
     assert told is not None
     assert process.returncode == -signal.SIGKILL
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-5"]  # steps 6 and 7 are lost
-    with start(["resumed", model, case.name], folder) as process:
-        process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 0
+    assert processes.return_codes([start(["resumed", model, case.name], folder)]) == [0]
     resumed = torch.load(folder / "resumed.pt")
     assert resumed["losses"] == pytest.approx(worker.losses_of(whole), rel=1e-6)
     for name, parameter in whole.model.named_parameters():

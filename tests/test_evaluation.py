@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner
 
 from hf_effattn.cli import make_app
-from hf_effattn.evaluation import TASKS, Example, Material, Results, Settings, Subject, Variant, evaluate, markdown
+from hf_effattn.evaluation import TASKS, Example, Material, Settings, Subject, Variant, evaluate, markdown
 from hf_effattn.evaluation.material import Sources
 from hf_effattn.evaluation.plots import plots
 from hf_effattn.evaluation.runner import RESULTS
@@ -120,7 +121,7 @@ def settings(**changes: Any) -> Settings:
 
 
 def test_a_killed_run_goes_on_and_loses_nothing(model: Any, material: Material, tmp_path: Path) -> None:
-    whole = evaluate(model, TOKENIZER, settings(), material, tmp_path / "whole")
+    whole = evaluate(model, TOKENIZER, settings(), material, tmp_path / "whole").records
     assert len(whole) == 2 * 2 * 2 * 3
     assert not is_converted(model)
 
@@ -138,7 +139,9 @@ def test_a_killed_run_goes_on_and_loses_nothing(model: Any, material: Material, 
     before = path.read_text()
     path.write_text(before + '{"variant": "dense", "ta')  # a line that was being written
     seen: list[int] = []
-    again = evaluate(model, TOKENIZER, settings(), material, tmp_path / "killed", lambda d, done, t: seen.append(done))
+    again = evaluate(
+        model, TOKENIZER, settings(), material, tmp_path / "killed", lambda d, done, t: seen.append(done)
+    ).records
     assert seen[0] > 0
     assert path.read_text().startswith(before)
     assert len(path.read_text().splitlines()) == len(whole)
@@ -147,15 +150,15 @@ def test_a_killed_run_goes_on_and_loses_nothing(model: Any, material: Material, 
         assert {k: v for k, v in one.items() if k not in timing} == {k: v for k, v in other.items() if k not in timing}
 
 
-def sorted_records(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def sorted_records(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(records, key=lambda r: (r["variant"], r["task"], r["length"], r["index"]))
 
 
 def test_more_examples_and_variants_are_added_to_what_is_there(model: Any, material: Material, tmp_path: Path) -> None:
     evaluate(model, TOKENIZER, settings(lengths=[256], variants=[DENSE]), material, tmp_path)
     before = (tmp_path / RESULTS).read_text()
-    records = evaluate(model, TOKENIZER, settings(lengths=[256], number=3, variants=VARIANTS[:2]), material, tmp_path)
-    assert len(records) == 2 * 3 * 2
+    more = settings(lengths=[256], number=3, variants=VARIANTS[:2])
+    assert len(evaluate(model, TOKENIZER, more, material, tmp_path).records) == 2 * 3 * 2
     assert (tmp_path / RESULTS).read_text().startswith(before)
     with pytest.raises(ValueError, match="results of other settings .seed was 42, is 7"):
         evaluate(model, TOKENIZER, settings(seed=7), material, tmp_path)
@@ -167,12 +170,11 @@ def test_more_examples_and_variants_are_added_to_what_is_there(model: Any, mater
 def test_every_variant_answers_the_same_examples_and_the_report_opens_with_ratios(
     model: Any, material: Material, tmp_path: Path
 ) -> None:
-    records = evaluate(model, TOKENIZER, settings(), material, tmp_path)
+    results = replace(evaluate(model, TOKENIZER, settings(), material, tmp_path), notes=["0 rows skipped"])
     held = json.loads((tmp_path / "settings.json").read_text())["cache_bytes"]
     for variant in VARIANTS:
         with as_variant(model, variant):
             assert held[variant.name]["512"] == model.attention_report(512).cache_bytes
-    results = Results(records, held, notes=["0 rows skipped"])
     report = markdown(results)
     lines = report.splitlines()
     assert lines[0].startswith("# ")

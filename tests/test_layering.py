@@ -13,6 +13,7 @@ ROOT = Path(hf_effattn.__file__).parent
 FLOORS = {
     "registry": 0,
     "notation": 0,
+    "plotting": 0,
     "feature_maps": 1,
     "recurrences": 1,
     "patterns": 1,

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -15,11 +14,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import processes
 import pytest
 import torch
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-TIMEOUT = 150
 SMALL = {
     "documents": str(Path(__file__).parent / "data" / "prose.txt"),
     "options": {"window": 6, "num_sinks": 2},
@@ -191,7 +190,7 @@ def test_configs_are_read_and_overridden(recipes: Any, tmp_path: Path, capsys: p
     assert config.options == {"window": 8, "num_sinks": 2}
     assert (config.lengths, config.seed, config.documents) == ([64], 3, None)
     for wrong, message in (
-        ("windws=[1]", "unknown keys windws; valid: model, mechanism"),
+        ("windws=[1]", "unknown keys windws; valid: model, options"),
         ("seed=many", "seed is int"),
         ("seed=1.5", "seed is int"),
         ("bf16=1", "bf16 is bool"),
@@ -265,7 +264,7 @@ def adapter(folder: Path) -> dict[str, bytes]:
 def test_a_run_does_not_go_on_with_another_config(recipes: Any, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         distill(recipes, tmp_path, kill_at(4))
-    with pytest.raises(ValueError, match="other values of distill_steps, seed"):
+    with pytest.raises(ValueError, match="other values of seed, distill_steps"):
         distill(recipes, tmp_path, seed=1, distill_steps=5)
     steps: list[int] = []
     distill(recipes, tmp_path, steps.append, seed=1, resume=False)
@@ -348,9 +347,7 @@ def test_finetuning_goes_on_after_a_kill(recipes: Any, tmp_path: Path, kind: str
 
 
 def start(folder: Path, changes: dict[str, Any], **options: Any) -> subprocess.Popen[str]:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **options.pop("env", {})}
-    command = [sys.executable, __file__, str(folder), json.dumps(changes)]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True, **options)
+    return processes.start(__file__, str(folder), json.dumps(changes), **options)
 
 
 @pytest.mark.slow
@@ -363,27 +360,16 @@ def test_sigkill_is_survived(recipes: Any, tmp_path: Path, at: int) -> None:
         process.kill()
     assert told is not None
     assert process.returncode == -signal.SIGKILL
-    with start(tmp_path / "killed", {}) as process:
-        process.communicate(timeout=TIMEOUT)
-    assert process.returncode == 0
+    assert processes.return_codes([start(tmp_path / "killed", {})]) == [0]
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(recipes: Any, tmp_path: Path) -> None:
-    from test_distributed import free_port
-
     distill(recipes, tmp_path / "one", batch_size=4)
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    processes = [start(tmp_path / "two", {"batch_size": 4}, env={"ACCELERATE_USE_CPU": "1", **env}) for env in ranks]
-    try:
-        for process in processes:
-            process.communicate(timeout=TIMEOUT)
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0]
+    environments = [{"ACCELERATE_USE_CPU": "1", **env} for env in processes.ranks(2)]
+    started = [start(tmp_path / "two", {"batch_size": 4}, env=env) for env in environments]
+    assert processes.return_codes(started) == [0, 0]
     assert_same(tmp_path / "two", tmp_path / "one")
 
 

@@ -187,8 +187,12 @@ class Mechanism(nn.Module):
 
     def fixed(self, state: Any, max_length: int) -> Any:
         """Return `state` in tensors whose shapes stay the same for texts of up to `max_length` tokens, and without
-        numbers that change from call to call: what a static cache holds, so that a compiled step is compiled once."""
-        raise NotImplementedError
+        numbers that change from call to call: what a static cache holds, so that a compiled step is compiled once.
+
+        Raises:
+            ValueError: for mechanisms that have no such state.
+        """
+        raise ValueError(f"{self.describe()} works with dynamic caches only; leave cache_implementation at its default")
 
     def _attend_cached(
         self,

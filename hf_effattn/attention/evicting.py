@@ -78,9 +78,6 @@ class EvictingAttention(Mechanism):
             start = end
         return torch.cat(outputs, dim=2) if len(outputs) > 1 else outputs[0], state
 
-    def fixed(self, state: EvictingState, max_length: int) -> EvictingState:
-        raise ValueError(f"{self.describe()} works with dynamic caches only; leave cache_implementation at its default")
-
     def num_visible(self, context_length: int) -> int:
         return min(context_length, self.capacity + self.interval)
 

@@ -45,7 +45,8 @@ class SelectedAttention(Mechanism):
         selector = SELECTORS.get(config.selector)()
         assert isinstance(selector, BlockSelector)
         self.selector = selector
-        self.block_size, self.num_blocks = config.selection()["block_size"], config.selection()["num_blocks"]
+        chosen = config.selection()
+        self.block_size, self.num_blocks = chosen["block_size"], chosen["num_blocks"]
         self.store = KeyValueStore(Retention())
 
     def attend(

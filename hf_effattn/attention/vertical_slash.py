@@ -64,9 +64,9 @@ class VerticalSlashAttention(Mechanism):
         tokens, size = query.shape[2], self.selector.block_size
         state = self._empty(query, key, value) if state is None else self._matching(state, query)
         old = state.store
-        store = self.store.append(old, key, value, call.lengths, call.in_place)
         if not old.most and tokens <= size and not call.keep_state:
             return masked.attend_causal(query, key, value, call.scale, call.dropout), state
+        store = self.store.append(old, key, value, call.lengths, call.in_place)
         if tokens == 1:
             output, chosen = self._attend_one(state, query, store, call)
             return output, self._joined(store, [chosen])
@@ -78,9 +78,6 @@ class VerticalSlashAttention(Mechanism):
             outputs.append(output)
             states.append(chosen)
         return torch.cat(outputs) if len(rows) > 1 else outputs[0], self._joined(store, states)
-
-    def fixed(self, state: VerticalSlashState, max_length: int) -> VerticalSlashState:
-        raise ValueError(f"{self.describe()} works with dynamic caches only; leave cache_implementation at its default")
 
     def num_visible(self, context_length: int) -> int:
         s = self.selector

@@ -108,25 +108,3 @@ class GenerationTask(Task):
     def room(self, length: int) -> int:
         """Return the tokens that the prompt and the answer prefix may have."""
         return length - self.max_new_tokens
-
-
-def fill(build: Callable[[int], str], room: int, count_tokens: Callable[[str], int], least: int = 0) -> int:
-    """Return the largest size for which the text `build(size)` has at most `room` tokens.
-
-    Args:
-        build: A text that gets longer with its argument.
-        least: The smallest size that makes sense.
-
-    Raises:
-        ValueError: if even that is too long.
-    """
-    smallest = count_tokens(build(least))
-    if smallest > room:
-        raise ValueError(f"the shortest example has {smallest} tokens; there is room for {room}")
-    low, high = least, max(2 * least, 1)
-    while count_tokens(build(high)) <= room:
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if count_tokens(build(middle)) <= room else (low, middle)
-    return low

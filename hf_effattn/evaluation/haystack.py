@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import accumulate, islice
 
-from .base import fill
-
 NOISE = (
     "The grass is green.",
     "The sky is blue.",
@@ -139,11 +137,20 @@ def hide(
     return joint.join([*result, *pieces[done:]]), places
 
 
-def fill_quickly(build: Callable[[int], str], room: int, count_tokens: Callable[[str], int], least: int = 0) -> int:
-    """Return what `fill` does. It guesses by the tokens that a piece has, so that long texts are counted less often."""
+def fill(build: Callable[[int], str], room: int, count_tokens: Callable[[str], int], least: int = 0) -> int:
+    """Return the largest size for which the text `build(size)` has at most `room` tokens. It is found by guessing from
+    the tokens that a piece has, since counting those of long texts takes time.
+
+    Args:
+        build: A text that gets longer with its argument.
+        least: The smallest size that makes sense.
+
+    Raises:
+        ValueError: if even that is too long.
+    """
     low, tokens = least, count_tokens(build(least))
     if tokens > room:
-        return fill(build, room, count_tokens, least)  # says so
+        raise ValueError(f"the shortest example has {tokens} tokens; there is room for {room}")
     rate, high = (room - tokens) / FIRST_STEP, None
     while high is None or high - low > 1:
         step = max(1, int((room - tokens) / max(rate, 0.5)))

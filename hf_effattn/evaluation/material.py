@@ -10,10 +10,10 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from .base import Material
-from .documents import Rows, Skipped, fit, read_rows, read_text
+from .documents import ROWS, Rows, Skipped, read_rows
+from .texts import HOW, fit, kind, read_text
 
-TOO_LONG = ("skip", "error", "truncate_middle", "truncate_end", "slide")
-ROWS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")
+TOO_LONG = ("skip", *HOW)
 
 
 def default_text() -> str:
@@ -58,7 +58,7 @@ class Sources:
         parts = []
         for name in self.texts:
             path = Path(name).expanduser()
-            if path.is_file() and not name.endswith(ROWS):
+            if path.is_file() and kind(path) not in ROWS:
                 parts.append(read_text(path))
                 continue
             rows = read_rows(name)

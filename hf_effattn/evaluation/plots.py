@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..plotting import label_lengths, new_figure
 from .base import TASKS
 from .report import RATES, Results
 
@@ -16,20 +17,18 @@ def plots(results: Results, folder: Path) -> list[Path]:
     Raises:
         ImportError: without matplotlib.
     """
-    pyplot = _pyplot()
-    found = [_scores(pyplot, results, folder / "scores.png"), _costs(pyplot, results, folder / "costs.png")]
+    found = [_scores(results, folder / "scores.png"), _costs(results, folder / "costs.png")]
     if any("by_position" in record for record in results.records):
-        found.append(_positions(pyplot, results, folder / "positions.png"))
+        found.append(_positions(results, folder / "positions.png"))
     return found
 
 
-def _scores(pyplot: Any, results: Results, path: Path) -> Path:
+def _scores(results: Results, path: Path) -> Path:
     """One panel a task: the score against the length; with a single length, bars."""
     columns = min(len(results.tasks), 3)
     rows = -(-len(results.tasks) // columns)
-    figure, axes = pyplot.subplots(
-        rows, columns, figsize=(4.5 * columns, 3.4 * rows), squeeze=False, layout="constrained"
-    )
+    figure = new_figure(figsize=(4.5 * columns, 3.4 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis, task in zip(axes.flat, results.tasks, strict=False):
         for place, variant in enumerate(results.variants):
             points = [(n, s) for n in results.lengths if (s := results.score(variant, task, n)) is not None]
@@ -40,7 +39,7 @@ def _scores(pyplot: Any, results: Results, path: Path) -> Path:
         if len(results.lengths) == 1:
             axis.set_xticks([])
         else:
-            _lengths(axis, results.lengths)
+            label_lengths(axis, results.lengths)
             axis.set_xlabel("length [tokens]")
         axis.set_title(task)
         axis.set_ylabel(TASKS.get(task).score_name)
@@ -50,12 +49,13 @@ def _scores(pyplot: Any, results: Results, path: Path) -> Path:
     for axis in list(axes.flat)[len(results.tasks) :]:
         axis.set_axis_off()
     _legend(figure, axes.flat[0])
-    return _saved(pyplot, figure, path)
+    return _saved(figure, path)
 
 
-def _costs(pyplot: Any, results: Results, path: Path) -> Path:
+def _costs(results: Results, path: Path) -> Path:
     """Cache bytes and tokens per second against the length."""
-    figure, axes = pyplot.subplots(1, 3, figsize=(13.5, 3.6), layout="constrained")
+    figure = new_figure(figsize=(13.5, 3.6))
+    axes = figure.subplots(1, 3)
     for variant in results.variants:
         held = [(n, b / 1e6) for n in results.lengths if (b := results.bytes(variant, n)) is not None]
         series = [held]
@@ -66,18 +66,19 @@ def _costs(pyplot: Any, results: Results, path: Path) -> Path:
                 axis.plot(*zip(*points, strict=True), marker="o", label=variant)
     labels = ("cache of a row [MB]", "prefill [tokens/s]", "decoding [tokens/s]")
     for axis, label in zip(axes, labels, strict=True):
-        _lengths(axis, results.lengths)
+        label_lengths(axis, results.lengths)
         axis.set_ylim(bottom=0, top=1.1 * axis.dataLim.y1 if axis.lines else None)
         axis.set_xlabel("length [tokens]")
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     _legend(figure, axes[0])
-    return _saved(pyplot, figure, path)
+    return _saved(figure, path)
 
 
-def _positions(pyplot: Any, results: Results, path: Path) -> Path:
+def _positions(results: Results, path: Path) -> Path:
     """Perplexity by position in the passage, of the longest passages."""
-    figure, axis = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure = new_figure(figsize=(6, 4))
+    axis = figure.subplots()
     bounds: list[int] = []
     for variant in results.variants:
         sums: dict[int, list[float]] = {}
@@ -88,13 +89,13 @@ def _positions(pyplot: Any, results: Results, path: Path) -> Path:
         if sums:
             bounds = sorted(sums)
             axis.plot(bounds, [math.exp(sums[b][0] / sums[b][1]) for b in bounds], marker="o", label=variant)
-    _lengths(axis, bounds)
+    label_lengths(axis, bounds)
     axis.set_yscale("log")
     axis.set_xlabel("position in the passage, up to")
     axis.set_ylabel("perplexity")
     axis.grid(alpha=0.3, which="both")
     axis.legend()
-    return _saved(pyplot, figure, path)
+    return _saved(figure, path)
 
 
 def _legend(figure: Any, axis: Any) -> None:
@@ -102,27 +103,6 @@ def _legend(figure: Any, axis: Any) -> None:
     figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
 
 
-def _saved(pyplot: Any, figure: Any, path: Path) -> Path:
+def _saved(figure: Any, path: Path) -> Path:
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
     return path
-
-
-def _lengths(axis: Any, lengths: list[int]) -> None:
-    from matplotlib.ticker import FuncFormatter, NullFormatter
-
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(lengths)
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError("plots need matplotlib: pip install hf_effattn[eval]") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot

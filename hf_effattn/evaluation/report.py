@@ -12,6 +12,7 @@ from .variants import DENSE
 
 Records = Sequence[dict[str, Any]]
 RATES = {"prefill": "prefill_seconds", "decoding": "step_seconds"}  # keys of records
+COSTS = {"cache": "cache bytes", "prefill": "time of prefill", "decoding": "time of decoding"}
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,14 @@ class Results:
     def bytes(self, variant: str, length: int) -> int | None:
         return self.cache_bytes.get(variant, {}).get(str(length))
 
+    def cost(self, kind: str, variant: str, length: int) -> float | None:
+        """Return bytes of the "cache", or seconds of a token in "prefill" or "decoding"."""
+        return self.bytes(variant, length) if kind == "cache" else self.seconds(variant, RATES[kind], length)
+
 
 def markdown(results: Results) -> str:
     """Return the report."""
-    parts = [f"# {results.title}", _ratios(results), *_break_even(results), _scores(results), _costs(results)]
+    parts = [f"# {results.title}", _ratios(results), _break_even(results), _scores(results), _costs(results)]
     parts += [_context_gain(results)] if "context_gain" in results.tasks else []
     parts += ["\n".join(f"- {note}" for note in results.notes)] if results.notes else []
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -98,13 +103,11 @@ def _ratios(results: Results) -> str:
             shown = [_ratio(results.score(variant, task, n), base) for variant in others]
             if base is not None:
                 rows.append([f"{task} {_tokens(n)}{'' if TASKS.get(task).higher_is_better else ' ↓'}", *shown])
-    held = [_ratio(results.bytes(variant, length), results.bytes(against, length)) for variant in others]
-    rows.append([f"cache bytes {_tokens(length)} ↓", *held])
-    for name, key in RATES.items():
-        base = results.seconds(against, key, length)
-        shown = [_ratio(results.seconds(variant, key, length), base) for variant in others]
+    for kind, name in COSTS.items():
+        base = results.cost(kind, against, length)
+        shown = [_ratio(results.cost(kind, variant, length), base) for variant in others]
         if any(shown):
-            rows.append([f"time of {name} {_tokens(length)} ↓", *shown])
+            rows.append([f"{name} {_tokens(length)} ↓", *shown])
     intro = f"Each number is that of the variant over that of `{against}`, on the same examples; ↓ less is better."
     return f"{intro}\n\n{_table([f'over {against}', *others], rows)}"
 
@@ -137,26 +140,26 @@ def _costs(results: Results) -> str:
     return f"## Costs\n\nSpeeds are those of a row in the batches that were run.\n\n{_table(header, rows)}"
 
 
-def _break_even(results: Results) -> list[str]:
+def _break_even(results: Results) -> str:
     """From which of the measured lengths on a variant is cheaper."""
     lines = []
     for variant in results.variants:
         if variant == results.against:
             continue
         facts = []
-        measures = {"cache": results.bytes}
-        for name, key in RATES.items():
-            measures[name] = lambda v, n, key=key: results.seconds(v, key, n)  # type: ignore[misc,assignment]
-        for name, measure in measures.items():
-            pairs = [(n, measure(variant, n), measure(results.against, n)) for n in results.lengths]
-            known = [(n, a < b) for n, a, b in pairs if a is not None and b is not None]
+        for kind in COSTS:
+            known = []
+            for n in results.lengths:
+                own, other = (results.cost(kind, name, n) for name in (variant, results.against))
+                if own is not None and other is not None:
+                    known.append((n, own < other))
             if not known:
                 continue
             start = next((n for i, (n, _) in enumerate(known) if all(better for _, better in known[i:])), None)
-            facts.append(f"{name} {'nowhere' if start is None else f'from {_tokens(start)} on'}")
+            facts.append(f"{kind} {'nowhere' if start is None else f'from {_tokens(start)} on'}")
         if facts:
             lines.append(f"- `{variant}` is cheaper than `{results.against}`: {', '.join(facts)}")
-    return ["Break-even among the lengths measured:\n\n" + "\n".join(lines)] if lines else []
+    return "Break-even among the lengths measured:\n\n" + "\n".join(lines) if lines else ""
 
 
 def _context_gain(results: Results) -> str:

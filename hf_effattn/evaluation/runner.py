@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..report import attention_report
 from .base import TASKS, Example, Material, Task
+from .report import Results
 from .subject import Subject
 from .variants import Variant, as_variant, is_converted
 
@@ -77,8 +78,8 @@ def evaluate(
     material: Material,
     folder: Path,
     advance: Callable[[str, int, int], None] = lambda description, done, total: None,
-) -> list[dict[str, Any]]:
-    """Evaluate and return all records; each goes to `folder/results.jsonl` as soon as it is there.
+) -> Results:
+    """Evaluate and return the results; each record goes to `folder/results.jsonl` as soon as it is there.
 
     A run that was killed goes on where it was: examples that have a record are not repeated.
 
@@ -118,7 +119,8 @@ def evaluate(
                     done += work.length
                     advance(f"{variant.name} · {work.name} {work.length:,}", done, total)
             store.describe(variant.name, {str(n): attention_report(model, n).cache_bytes for n in settings.lengths})
-    return [record for key, record in store.records.items() if key in wanted]
+    records = [record for key, record in store.records.items() if key in wanted]
+    return Results(records, store.settings["cache_bytes"], notes=store.settings["notes"])
 
 
 def _work(name: str, length: int, number: int, material: Material) -> Work:

@@ -15,7 +15,6 @@ from ..config import SparseConfig
 from ..convert import convert_attention, revert_attention
 from ..recovery import load_adapter
 from ..recovery.teacher import converted_layers, mechanism_of
-from ..report import attention_report
 
 DENSE, ADAPTER = "dense", "adapter"
 PARTS = ("window", "linear")
@@ -65,7 +64,7 @@ class Variant:
 
 def is_converted(model: PreTrainedModel) -> bool:
     """Whether any layer of `model` is converted."""
-    return any(layer.mechanism != "softmax" for layer in attention_report(model).layers)
+    return bool(converted_layers(model))
 
 
 @contextmanager
@@ -76,8 +75,7 @@ def as_variant(model: PreTrainedModel, variant: Variant) -> Iterator[PreTrainedM
         with _only(model, variant.part):
             yield model
         return
-    if is_converted(model):
-        revert_attention(model)
+    revert_attention(model)
     tuned: Any = model
     if variant.mechanism == ADAPTER:
         tuned = load_adapter(model, variant.options["folder"])

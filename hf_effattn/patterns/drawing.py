@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from ..plotting import new_figure
+
 SHADES = " ░▒▓█"
 WIDEST = 64  # characters of a drawing; longer texts are drawn in cells of several tokens
 
@@ -58,11 +60,7 @@ class Drawing:
         Raises:
             ImportError: without matplotlib, which the extra `plots` installs.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError("drawings need matplotlib: pip install 'hf_effattn[plots]'") from error
-        figure = Figure(figsize=(9, 4.6), layout="constrained")
+        figure = new_figure(figsize=(9, 4.6))
         mean, most = self.keys_per_query
         panels = (("dense", torch.ones_like(self.visible).tril()), (f"{self.title}, {self.density:.1%}", self.visible))
         for axis, (title, matrix) in zip(figure.subplots(1, 2), panels, strict=True):

@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..attention import Mechanism
-from ..convert import revert_attention
+from ..convert import carries_adapter, revert_attention
 from ..targets import find_targets
 
 
@@ -25,7 +25,7 @@ def shared_teacher(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not converted_layers(model):
         raise ValueError("the model is not converted: it would be its own teacher")
-    if any("lora_" in name or ".base_layer." in name for name, _ in model.named_parameters()):
+    if carries_adapter(model):
         raise ValueError("the model carries an adapter; make the teacher first")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(".effattn." in name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -68,8 +67,3 @@ class WindowDropout:
         now = self.probability * min(1.0, 2.0 * step / max(self.steps, 1))
         chance, choice = torch.rand(2, generator=generator).tolist()
         return self.windows[int(choice * len(self.windows))] if chance < now else None
-
-
-def widths(model: torch.nn.Module) -> list[Any]:
-    """Return the windows of the linear layers that have one."""
-    return [module.options.window for module in model.modules() if isinstance(module, HybridAttention)]

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from ..base import GOLDEN, Example, GenerationTask
-from ..haystack import fill_quickly
+from ..haystack import fill
 from ..metrics import MeanMetric, StringMatchAll
 
 
@@ -32,7 +32,7 @@ class DrawnTask(GenerationTask):
 
     def size(self, build: Callable[[int], str], length: int, least: int = 1) -> int:
         """Return the largest size for which `build(size)`, prompt and answer prefix, leaves room for the answer."""
-        return fill_quickly(build, self.room(length), self.material.count_tokens, least)
+        return fill(build, self.room(length), self.material.count_tokens, least)
 
 
 def even_depth(index: int) -> float:
