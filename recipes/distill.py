@@ -20,7 +20,7 @@ from data import open_data
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from runs import Run
 from settings import DistillConfig, read_config
-from stages import Stage, checkpointed, groups_of, lora, train
+from stages import Stage, checkpointed, frozen_in_bf16, groups_of, lora, train
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -70,6 +70,8 @@ class Distillation:
         self.data = open_data(config.documents, config.streaming, tokenizer, config.seed)
         self.kept = self.data.held_out(config.lengths[-1], config.held_out)
         self.student.eval().to(self.accelerator.device).convert_attention(config.mechanism, **config.options)
+        if config.bf16:
+            frozen_in_bf16(self.student)
         self.teacher = recovery.shared_teacher(self.student)
 
     def calibrate(self) -> None:
@@ -84,7 +86,14 @@ class Distillation:
         groups = [{"params": learned, "lr": self.config.transfer_lr}]
         module = Transfer(self.student, self.teacher)
         return Stage(
-            "transfer", 0, self.config.transfer_steps, module, groups, lambda m, ids: m(ids), self.config.lengths[:1]
+            "transfer",
+            0,
+            self.config.transfer_steps,
+            module,
+            groups,
+            lambda m, ids: m(ids),
+            self.config.lengths[:1],
+            lambda step: self.config.transfer_window,
         )
 
     def distill(self) -> Stage:
@@ -132,12 +141,11 @@ class Distillation:
     def stages(self) -> Iterator[Stage]:
         """Yield the stages that are not done, each made when those before it are."""
         c = self.config
-        if (
-            self.run.step <= c.transfer_steps
-            and c.transfer_steps
-            and any(p.requires_grad for p in self.student.parameters())
-        ):
+        learns = any(p.requires_grad for p in self.student.parameters())
+        if learns and c.transfer_steps and self.run.step <= c.transfer_steps:
             yield self.transfer()
+            if c.transfer_window is not None:  # beside the whole window the linear part has learned nothing yet
+                self.calibrate()
         if c.distill_steps:
             yield self.distill()
 

@@ -48,7 +48,8 @@ class DistillConfig(RecipeConfig):
     documents: a file or folder (null: what Python has); streaming: read a .jsonl file as needed
     lengths: tokens of a window, each for as many steps of distillation as the others; transfer has the first
     batch_size: windows of a step, in all processes; micro_batch_size: windows that one computes at a time
-    calibration: windows to set the biases on; transfer_steps, transfer_lr: attention transfer
+    calibration: windows to set the biases on; transfer_steps, transfer_lr: attention transfer,
+    with a softmax window of transfer_window, 0 for the linear part alone (null: that of the options)
     distill_steps, lora_lr, effattn_lr, temperature, reverse_weight: distillation, by forward KL + weight × reverse KL
     lora_rank, lora_alpha, lora_mlp: the adapter, on the projections of attention, or of all layers
     window_dropout, windows: how often the softmax window is narrowed, and to what
@@ -64,11 +65,12 @@ class DistillConfig(RecipeConfig):
     calibration: int = 4
     transfer_steps: int = 200
     transfer_lr: float = 1e-2
+    transfer_window: int | None = None
     distill_steps: int = 200
     temperature: float = 1.0
     reverse_weight: float = 0.0
     window_dropout: float = 0.5
-    windows: list[int] = field(default_factory=lambda: [1, 8, 16])
+    windows: list[int] = field(default_factory=lambda: [0, 1, 8, 16])
     out: str = "recover_output"
 
 

@@ -72,7 +72,7 @@ def train(run: Run, stage: Stage, data: Any) -> Iterator[tuple[int, float]]:
         started, window = time.perf_counter(), stage.window(step - stage.begin - 1)
         share = batch[accelerator.process_index :: accelerator.num_processes].to(accelerator.device)
         parts = torch.zeros((), device=accelerator.device)
-        with narrowed(stage.module, window) if window else nullcontext():
+        with narrowed(stage.module, window) if window is not None else nullcontext():
             micro = share.split(config.micro_batch_size)
             for index, rows in enumerate(micro):
                 with nullcontext() if index == len(micro) - 1 else accelerator.no_sync(module):
@@ -104,6 +104,13 @@ def checkpointed(model: Any) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
+
+
+def frozen_in_bf16(model: nn.Module) -> None:
+    """Round the weights of a converted model to bfloat16, but for what mechanisms learn: nothing else is trained, and
+    autocast would round them again in each step."""
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if ".effattn." in name else torch.bfloat16)
 
 
 def groups_of(model: nn.Module, lora_lr: float, effattn_lr: float) -> list[dict[str, Any]]:

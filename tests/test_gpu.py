@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matrix import CASES, MODELS, Case, close, left_padded, positions_of, shake, tiny_model, tokens
+from matrix import MODELS, PAIRS, Case, close, left_padded, positions_of, shake, tiny_model, tokens
 from transformers import DynamicCache
 
 pytestmark = pytest.mark.gpu
 on_every_model = pytest.mark.parametrize("model", MODELS)
-everywhere = pytest.mark.parametrize("case", CASES, ids=str)
+everywhere = pytest.mark.parametrize(("model", "case"), PAIRS, ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +18,6 @@ def _exact_products() -> None:
 
 
 @everywhere
-@on_every_model
 @torch.no_grad()
 def test_one_answer_and_that_of_the_cpu(model: str, case: Case) -> None:
     net = shake(tiny_model(model).convert_attention(case.mechanism, **case.options))
@@ -36,7 +35,6 @@ def test_one_answer_and_that_of_the_cpu(model: str, case: Case) -> None:
 
 
 @everywhere
-@on_every_model
 @torch.no_grad()
 def test_half_precision_generates(model: str, case: Case) -> None:
     net = tiny_model(model).convert_attention(case.mechanism, **case.options).to("cuda", torch.bfloat16)

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from matrix import (
-    CASES,
     DEFAULTS,
     MODELS,
+    PAIRS,
     Case,
     close,
     converted_model,
@@ -24,7 +24,7 @@ from matrix import (
 )
 from transformers import DynamicCache
 
-everywhere = pytest.mark.parametrize("case", CASES, ids=str)
+everywhere = pytest.mark.parametrize(("model", "case"), PAIRS, ids=str)
 on_every_model = pytest.mark.parametrize("model", MODELS)
 
 lengths = st.integers(1, 40)
@@ -51,7 +51,6 @@ def chunked_prefill(net: Any, ids: torch.Tensor, mask: torch.Tensor, at: list[in
 
 
 @everywhere
-@on_every_model
 @given(length=lengths, at=st.lists(st.integers(0, 39), max_size=4), empty_cache=st.booleans())
 def test_chunked_prefill_is_full_forward(model: str, case: Case, length: int, at: list[int], empty_cache: bool) -> None:
     net, ids = converted_model(model, case), tokens(2, length)
@@ -61,7 +60,6 @@ def test_chunked_prefill_is_full_forward(model: str, case: Case, length: int, at
 
 
 @everywhere
-@on_every_model
 def test_token_by_token_is_full_forward(model: str, case: Case) -> None:
     net, ids = converted_model(model, case), tokens(2, 24)
     cache = DynamicCache(config=net.config)
@@ -70,7 +68,6 @@ def test_token_by_token_is_full_forward(model: str, case: Case) -> None:
 
 
 @everywhere
-@on_every_model
 @given(
     sizes=st.lists(lengths, min_size=2, max_size=4), at=st.lists(st.integers(0, 39), max_size=3), seed=st.integers(0, 9)
 )
@@ -88,7 +85,6 @@ def test_left_padded_rows_are_themselves(model: str, case: Case, sizes: list[int
 
 
 @everywhere
-@on_every_model
 @given(
     first=st.lists(st.integers(1, 9), min_size=2, max_size=2),
     second=st.lists(st.integers(1, 9), min_size=2, max_size=2),
@@ -113,7 +109,6 @@ def test_padding_between_turns_is_invisible(model: str, case: Case, first: list[
 
 
 @everywhere
-@on_every_model
 @given(size=lengths, padding=st.integers(1, 9))
 def test_right_padding_is_invisible(model: str, case: Case, size: int, padding: int) -> None:
     net, row = converted_model(model, case), tokens(1, size)
@@ -123,7 +118,6 @@ def test_right_padding_is_invisible(model: str, case: Case, size: int, padding: 
 
 
 @everywhere
-@on_every_model
 @given(sizes=st.lists(st.lists(st.integers(1, 14), min_size=1, max_size=4), min_size=1, max_size=2))
 def test_packed_documents_do_not_see_each_other(model: str, case: Case, sizes: list[list[int]]) -> None:
     net = converted_model(model, case)
@@ -141,7 +135,6 @@ def test_packed_documents_do_not_see_each_other(model: str, case: Case, sizes: l
 
 
 @everywhere
-@on_every_model
 @given(length=st.integers(2, 30), order=st.permutations([0, 1, 2]))
 def test_beams_can_be_reordered(model: str, case: Case, length: int, order: list[int]) -> None:
     net, ids, more = converted_model(model, case), tokens(3, length), tokens(3, 3, seed=1)
@@ -153,7 +146,6 @@ def test_beams_can_be_reordered(model: str, case: Case, length: int, order: list
 
 
 @everywhere
-@on_every_model
 @given(prompt=st.integers(1, 20), draft=st.integers(1, 8), rejected=st.integers(0, 8), split=st.booleans())
 def test_rolled_back_tokens_were_never_there(
     model: str, case: Case, prompt: int, draft: int, rejected: int, split: bool

@@ -44,7 +44,7 @@ def remembered(o: HybridOptions) -> LinearState:
 @every_map
 @settings(max_examples=10)
 @given(
-    length=st.integers(1, 150) | st.just(1100),
+    length=st.integers(1, 150) | st.just(600),
     window=st.integers(1, 40),
     num_sinks=st.integers(0, 9),
     chunk=st.sampled_from([4, 16, 64]),

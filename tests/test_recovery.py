@@ -19,6 +19,7 @@ from hf_effattn.recovery import (
     calibrate,
     forward_kl,
     in_groups,
+    losses,
     narrowed,
     reverse_kl,
     shared_teacher,
@@ -121,6 +122,21 @@ def test_divergences_are_what_they_are_called(temperature: float) -> None:
     assert found <= float(forward) * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("block", [1, 25, 1 << 21])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
+def test_gradients_of_divergences_are_those_of_their_formulas(
+    direction: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "BLOCK", block)  # rows are compared some at a time
+    own, other = (torch.randn(3, 5, 11, requires_grad=True) for _ in range(2))
+    log_q, log_p = ((x.double() / 2.0).log_softmax(dim=-1) for x in (own, other.detach()))
+    first, second = (log_p, log_q) if direction == "forward" else (log_q, log_p)
+    expected = (first.exp() * (first - second)).sum(dim=-1).mean() * 4.0
+    found = (forward_kl if direction == "forward" else reverse_kl)(own, other, 2.0)
+    torch.testing.assert_close(found, expected.float())
+    torch.testing.assert_close(*(torch.autograd.grad(3.0 * x, own)[0] for x in (found, expected)))
+
+
 @on_every_model
 def test_calibration_takes_the_best_bias_of_each_head(model: str) -> None:
     net, batches = student(model), [tokens(2, 50, seed=seed) for seed in (1, 2)]
@@ -139,16 +155,17 @@ def test_calibration_takes_the_best_bias_of_each_head(model: str) -> None:
     assert error() <= before * 1.05  # the best for each head by itself; the heads are summed behind
 
 
-def test_narrow_windows_are_those_of_a_narrow_model_and_end() -> None:
+@pytest.mark.parametrize("window", [4, 0])
+def test_narrow_windows_are_those_of_a_narrow_model_and_end(window: int) -> None:
     net, ids = student(window=12), tokens(2, 50)
-    given, narrow = net(ids).logits, student(window=4)
-    narrow.load_state_dict(net.state_dict())
-    with narrowed(net, 4):
+    given, narrow = net(ids).logits, student(window=window, num_sinks=2 if window else 0)
+    narrow.load_state_dict(net.state_dict(), strict=bool(window))  # without a window there is no bias
+    with narrowed(net, window):
         torch.testing.assert_close(net(ids).logits, narrow(ids).logits, atol=1e-5, rtol=1e-5)
         with narrowed(net, 100):
             torch.testing.assert_close(net(ids).logits, narrow(ids).logits, atol=1e-5, rtol=1e-5)
     assert torch.equal(net(ids).logits, given)
-    with pytest.raises(ValueError, match="at least 1 key; got 0"), narrowed(net, 0):
+    with pytest.raises(ValueError, match="window must be at least 0; got -1"), narrowed(net, -1):
         pass
 
 
@@ -162,8 +179,8 @@ def test_windows_are_dropped_as_often_as_asked() -> None:
     assert abs(late.count(1) - late.count(8)) < 150
     with pytest.raises(ValueError, match="between 0 and 1; got 2"):
         WindowDropout(2.0)
-    with pytest.raises(ValueError, match="windows must be at least 1"):
-        WindowDropout(0.5, (0,))
+    with pytest.raises(ValueError, match="windows must be given, and none of them negative"):
+        WindowDropout(0.5, (-1,))
 
 
 def test_divergence_names_step_parameter_and_checkpoint() -> None:

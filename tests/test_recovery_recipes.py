@@ -17,6 +17,7 @@ from typing import Any
 import processes
 import pytest
 import torch
+from safetensors.torch import load_file
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 SMALL = {
@@ -26,9 +27,10 @@ SMALL = {
     "batch_size": 2,
     "calibration": 1,
     "transfer_steps": 2,
+    "transfer_window": 0,
     "distill_steps": 4,
     "window_dropout": 1.0,
-    "windows": [1, 3],
+    "windows": [0, 3],
     "save_every": 1,
     "validate_every": 2,
     "held_out": 2,
@@ -47,13 +49,38 @@ def lines(folder: Path, *left_out: str) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in ("seconds", *left_out)} for line in found]
 
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(RECIPES))
-    import distill as recipe
-    from settings import DistillConfig as Settings
+TUNING = {
+    "documents": SMALL["documents"],
+    "length": 24,
+    "steps": 4,
+    "accumulation": 2,
+    "save_every": 2,
+    "held_out": 2,
+    "validate_every": 2,
+}
 
+
+def always_fsdp2() -> None:
+    """Let every Accelerator share out weights, also on a CPU, where the settings of a launch are not heeded."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from distributed_worker import allow_fsdp_on_cpu
+
+    begin = Accelerator.__init__
+
+    def sharding(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)
+        policy = {"auto_wrap_policy": "transformer_based_wrap", "state_dict_type": "FULL_STATE_DICT"}
+        allow_fsdp_on_cpu(self, FullyShardedDataParallelPlugin(fsdp_version=2, **policy))
+
+    Accelerator.__init__ = sharding
+
+
+def work(job: str, folder: str, changes: dict[str, Any]) -> None:
+    """What other processes do: a job, for `processes.start`."""
     torch.set_num_threads(1)
-    changes = json.loads(sys.argv[2])
+    sys.path.insert(0, str(RECIPES))
+    import settings
+
     stop = changes.pop("stop", None)
 
     def wait(step: int) -> None:
@@ -61,7 +88,28 @@ if __name__ == "__main__":
             print("waiting to be killed", flush=True)  # noqa: T201
             sys.stdin.read()
 
-    recipe.run(Settings(**{**SMALL, "out": sys.argv[1], **changes}), load, wait)
+    if job == "distill":
+        import distill
+
+        distill.run(settings.DistillConfig(**{**SMALL, "out": folder, **changes}), load, wait)
+    else:
+        import finetune
+        from distributed_worker import assert_sharded
+        from transformers import TrainerCallback
+
+        fsdp2 = changes.pop("fsdp2")
+        if fsdp2:
+            always_fsdp2()
+
+        class Look(TrainerCallback):
+            def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+                assert_sharded(model, fsdp2)
+
+        finetune.run(settings.FinetuneConfig(**{**TUNING, "out": folder, **changes}), load, [Look()])
+
+
+if __name__ == "__main__":
+    work(*sys.argv[1:3], json.loads(sys.argv[3]))
     sys.exit()
 
 
@@ -224,7 +272,7 @@ def test_distillation_learns_and_leaves_an_adapter(recipes: Any, tmp_path: Path)
     assert [x["step"] for x in found if x["stage"] == "distill"] == [3, 4, 5, 6]
     assert [x["tokens"] for x in found if x["stage"] == "distill"] == [48, 48, 64, 64]
     assert [x["step"] for x in found if x["stage"] == "validation"] == [0, 2, 4, 6]
-    assert {x["window"] for x in found if x["stage"] == "distill"} - {None} <= {1, 3}
+    assert {x["window"] for x in found if x["stage"] == "distill"} - {None} <= {0, 3}
     assert [path.name for path in sorted(tmp_path.glob("checkpoint-*"))] == ["checkpoint-000005", "checkpoint-000006"]
     again = recipes("distill").Distillation(recipes("settings").DistillConfig(**{**SMALL, "out": str(tmp_path)}), load)
     again.student = load_adapter(load("")[0], folder).eval()
@@ -274,7 +322,7 @@ def test_a_run_does_not_go_on_with_another_config(recipes: Any, tmp_path: Path) 
 @pytest.mark.parametrize(
     "changes",
     [
-        {"bf16": True, "gradient_checkpointing": True},
+        {"bf16": True, "gradient_checkpointing": True, "transfer_window": None},
         {"reverse_weight": 0.5, "temperature": 2.0, "lora_mlp": True, "transfer_steps": 0},
         {"mechanism": "sparse", "calibration": 0},
     ],
@@ -314,16 +362,7 @@ def test_a_loss_that_is_no_number_stops_the_run(recipes: Any, tmp_path: Path, mo
 
 
 def finetune(recipes: Any, folder: Path, callbacks: Any = None, **changes: Any) -> Path:
-    small = {
-        "documents": SMALL["documents"],
-        "length": 24,
-        "steps": 4,
-        "accumulation": 2,
-        "save_every": 2,
-        "held_out": 2,
-        "validate_every": 2,
-    }
-    config = recipes("settings").FinetuneConfig(**{**small, "out": str(folder), **changes})
+    config = recipes("settings").FinetuneConfig(**{**TUNING, "out": str(folder), **changes})
     return recipes("finetune").run(config, load, callbacks)
 
 
@@ -346,31 +385,54 @@ def test_finetuning_goes_on_after_a_kill(recipes: Any, tmp_path: Path, kind: str
     assert adapter(tmp_path / "killed") == adapter(whole.parent)
 
 
-def start(folder: Path, changes: dict[str, Any], **options: Any) -> subprocess.Popen[str]:
-    return processes.start(__file__, str(folder), json.dumps(changes), **options)
+def start(job: str, folder: Path, changes: dict[str, Any], **options: Any) -> subprocess.Popen[str]:
+    return processes.start(__file__, job, str(folder), json.dumps(changes), **options)
+
+
+def in_two(job: str, folder: Path, **changes: Any) -> None:
+    ranks = [{"ACCELERATE_USE_CPU": "1", **env} for env in processes.ranks(2)]
+    assert processes.return_codes([start(job, folder, changes, env=env) for env in ranks]) == [0, 0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [2, 5])
 def test_sigkill_is_survived(recipes: Any, tmp_path: Path, at: int) -> None:
     distill(recipes, tmp_path / "whole")
-    with start(tmp_path / "killed", {"stop": at}, stdin=subprocess.PIPE) as process:
+    with start("distill", tmp_path / "killed", {"stop": at}, stdin=subprocess.PIPE) as process:
         assert process.stdout is not None
         told = next((line for line in process.stdout if "waiting" in line), None)
         process.kill()
     assert told is not None
     assert process.returncode == -signal.SIGKILL
-    assert processes.return_codes([start(tmp_path / "killed", {})]) == [0]
+    assert processes.return_codes([start("distill", tmp_path / "killed", {})]) == [0]
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does(recipes: Any, tmp_path: Path) -> None:
     distill(recipes, tmp_path / "one", batch_size=4)
-    environments = [{"ACCELERATE_USE_CPU": "1", **env} for env in processes.ranks(2)]
-    started = [start(tmp_path / "two", {"batch_size": 4}, env=env) for env in environments]
-    assert processes.return_codes(started) == [0, 0]
+    in_two("distill", tmp_path / "two", batch_size=4)
     assert_same(tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp2", [False, True], ids=["ddp", "fsdp2"])
+def test_finetuning_in_two_processes_is_that_of_one(recipes: Any, tmp_path: Path, fsdp2: bool) -> None:
+    recovered = {"adapter": str(distill(recipes, tmp_path / "recovered"))}
+    finetune(recipes, tmp_path / "one", batch_size=2, **recovered)
+    in_two("finetune", tmp_path / "two", fsdp2=fsdp2, **recovered)
+    losses, parameters = {}, {}
+    for run in ("one", "two"):
+        state = json.loads((tmp_path / run / "checkpoint-4" / "trainer_state.json").read_text())
+        losses[run] = [x.get("loss", x.get("eval_loss")) for x in state["log_history"]]
+        files = sorted((tmp_path / run / "adapter").glob("*.safetensors"))
+        parameters[run] = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
+    assert parameters["two"].keys() == parameters["one"].keys()
+    for name, tensor in parameters["one"].items():
+        torch.testing.assert_close(
+            parameters["two"][name], tensor, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def test_the_report_compares_the_recovered_model_with_its_parts(recipes: Any, tmp_path: Path) -> None:
