@@ -82,7 +82,7 @@ def train(run: Run, stage: Stage, data: Any) -> Iterator[tuple[int, float]]:
         norm = float(accelerator.clip_grad_norm_(parameters, config.max_norm))
         losses: list[float] = accelerator.reduce(parts, "mean").tolist()
         # Gradients that are no numbers stop the run as a loss would, before they reach the parameters.
-        guard.check(step, sum(losses) + 0.0 * norm, accelerator.unwrap_model(module), run.checkpoint)
+        guard.check(step, sum(losses) + 0.0 * norm, accelerator.unwrap_model(module), run.checkpoint, kind=window)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()

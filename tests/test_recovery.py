@@ -192,6 +192,8 @@ def test_divergence_names_step_parameter_and_checkpoint() -> None:
     guard.check(21, 1.0, net)  # once is no divergence
     guard.check(22, 50.0, net)
     guard.check(23, 60.0, net)
+    for step in range(3):  # those of another kind are not compared with these
+        guard.check(step, 1000.0, net, kind="narrow")
     with pytest.raises(Diverged, match=r"step 24: .* 4 times its median of 1.1 .*now 70; .*checkpoint is step-10"):
         guard.check(24, 70.0, net, "step-10")
     with pytest.raises(Diverged, match="step 3: the loss is nan; all trained parameters are finite; there is no"):

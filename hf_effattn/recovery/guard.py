@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, defaultdict, deque
+from collections.abc import Hashable
 from pathlib import Path
 
 import torch
@@ -19,20 +20,28 @@ class Guard:
     """Stops a training whose loss is no number, or explodes.
 
     Args:
-        factor: A loss this many times the median of the last 50 is too large.
+        factor: A loss this many times the median of the last 50 of its kind is too large.
         patience: Too large losses in a row that are put up with.
     """
 
     def __init__(self, factor: float = 5.0, patience: int = 3) -> None:
         self.factor, self.patience = factor, patience
-        self.losses: deque[float] = deque(maxlen=RECENT)
-        self.strikes = 0
+        self.losses: dict[Hashable, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
+        self.strikes: Counter[Hashable] = Counter()
 
-    def check(self, step: int, loss: float, model: torch.nn.Module, checkpoint: str | Path | None = None) -> None:
+    def check(
+        self,
+        step: int,
+        loss: float,
+        model: torch.nn.Module,
+        checkpoint: str | Path | None = None,
+        kind: Hashable = None,
+    ) -> None:
         """Take note of the loss of a step.
 
         Args:
             checkpoint: The last good one, for the message.
+            kind: What steps must have in common for their losses to be compared, such as the width of a window.
 
         Raises:
             Diverged: if the loss is NaN or infinite, or has been too large for longer than `patience`.
@@ -40,15 +49,16 @@ class Guard:
         last = f"the last good checkpoint is {checkpoint}" if checkpoint else "there is no checkpoint before it"
         if not math.isfinite(loss):
             raise Diverged(f"step {step}: the loss is {loss}; {_first_bad(model)}; {last}")
-        usual = sorted(self.losses)[len(self.losses) // 2] if self.losses else math.inf
-        self.strikes = self.strikes + 1 if loss > self.factor * usual else 0
-        if self.strikes > self.patience:
+        losses = self.losses[kind]
+        usual = sorted(losses)[len(losses) // 2] if losses else math.inf
+        self.strikes[kind] = self.strikes[kind] + 1 if loss > self.factor * usual else 0
+        if self.strikes[kind] > self.patience:
             raise Diverged(
                 f"step {step}: the loss has been above {self.factor:g} times its median of {usual:.4g} for "
-                f"{self.strikes} steps, now {loss:.4g}; {_first_bad(model)}; {last}"
+                f"{self.strikes[kind]} steps, now {loss:.4g}; {_first_bad(model)}; {last}"
             )
-        if not self.strikes:
-            self.losses.append(loss)
+        if not self.strikes[kind]:
+            losses.append(loss)
 
 
 def _first_bad(model: torch.nn.Module) -> str:
