@@ -23,10 +23,11 @@ try:
         TimeElapsedColumn,
         TimeRemainingColumn,
     )
+    from rich.text import Text
 except ImportError as error:
     raise ImportError("the command line needs typer and rich: pip install hf_effattn[eval]") from error
 
-from .evaluation import Settings, Variant, evaluate, markdown
+from .evaluation import TASKS, Settings, Variant, evaluate, markdown
 from .evaluation.material import TOO_LONG, Sources
 from .evaluation.plots import plots
 from .evaluation.variants import ADAPTER, DENSE, is_converted
@@ -67,7 +68,7 @@ def make_app(loader: Loader = load, default_model: str | None = None) -> typer.T
         model: Annotated[str, typer.Argument(help="A Hub id or a folder.")] = default_model or ...,  # type: ignore[assignment]
         tasks: Annotated[str, typer.Option(help="Names, separated by commas.")] = "perplexity,passkey,niah_single",
         lengths: Annotated[str, typer.Option(help="Tokens of an example, as in 1k,2k.")] = "1k,2k",
-        number: Annotated[int, typer.Option(help="Examples of each task and length.")] = 10,
+        number: Annotated[int, typer.Option(min=1, help="Examples of each task and length.")] = 10,
         variant: Annotated[
             list[str] | None,
             typer.Option(
@@ -85,7 +86,7 @@ def make_app(loader: Loader = load, default_model: str | None = None) -> typer.T
         ] = None,
         join: Annotated[str | None, typer.Option(help="Where documents are, if rows name theirs by doc_id.")] = None,
         too_long: Annotated[str, typer.Option(help=f"Documents without room: {', '.join(TOO_LONG)}.")] = "skip",
-        batch_size: Annotated[int, typer.Option(help="Rows that generate together.")] = 1,
+        batch_size: Annotated[int, typer.Option(min=1, help="Rows that generate together.")] = 1,
         chat: Annotated[bool, typer.Option(help="Put prompts into the chat template.")] = False,
         seed: Annotated[int, typer.Option(help="Of the examples.")] = 42,
         dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "float32",
@@ -98,10 +99,13 @@ def make_app(loader: Loader = load, default_model: str | None = None) -> typer.T
         with _told_plainly():
             if dtype not in DTYPES:
                 raise ValueError(f"unknown dtype {dtype!r}; valid: {', '.join(DTYPES)}")
+            _check_device(device)
             asked = [Variant.parse(each) for each in variant or []]
             columns = dict(_column(each) for each in column or [])
             sources = Sources(tuple(text or []), documents, columns, join, too_long)
             names, sizes = _names(tasks), [_length(each) for each in _names(lengths)]
+            for name in names:
+                TASKS.get(name)
             net, tokenizer = loader(model, getattr(torch, dtype), device)
             settings = Settings(names, sizes, number, _variants(net, asked, against, ablate), batch_size, chat, seed)
             _run(net, tokenizer, settings, against, model, sources, out)
@@ -121,7 +125,7 @@ def _run(
     console = Console()
     new_figure()  # rather now than after hours, if there is no matplotlib
     material, skipped = sources.gather(tokenizer, settings.seed)
-    columns = (TextColumn("{task.description:40}"), BarColumn(), TaskProgressColumn())
+    columns = (TextColumn("{task.description:40}", markup=False), BarColumn(), TaskProgressColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         bar = progress.add_task("reading", total=None)
 
@@ -134,7 +138,8 @@ def _run(
         f"model {name}, {net.dtype}, seed {settings.seed}, answers generated greedily"
         + (" through the chat template" if settings.chat else ""),
         f"haystack and passages from {source}: numbers are comparable in kind with RULER's, not digit for digit",
-        f"{len(skipped)} rows skipped" + "".join(f"; {each.place}: {each.reason}" for each in skipped[:20]),
+        f"rows skipped: {len(skipped)}" + "".join(f"; {each.place}: {each.reason}" for each in skipped[:20]),
+        *material.notes,
         *results.notes,
     ]
     results = replace(results, against=against, title=f"Evaluation of {name}", notes=notes)
@@ -149,6 +154,8 @@ def _variants(net: Any, asked: list[Variant], against: str, ablate: bool) -> lis
     """Return what to run: the model as given if it is converted, the dense one if compared with, and what was asked."""
     found = [Variant("as given", None)] if is_converted(net) else []
     linear = [v for v in (*found, *asked) if v.mechanism in (None, "linear", ADAPTER)]
+    if ablate and not linear:
+        raise ValueError("--ablate needs linear attention with a window; no variant has it")
     found += [part for v in found if ablate for part in v.ablations()]
     names = [each.name for each in asked]
     if DENSE not in names and (against == DENSE or not (found or asked)):
@@ -174,9 +181,16 @@ def _column(text: str) -> tuple[str, str]:
 def _length(text: str) -> int:
     """Read a number of tokens as users write it: 4096, 4k."""
     digits, factor = (text[:-1], 1024) if text.lower().endswith("k") else (text, 1)
-    if not digits.isdigit():
+    if not digits.isdecimal():
         raise ValueError(f"a length is a number of tokens such as 4096 or 4k; got {text!r}")
     return int(digits) * factor
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"the device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 @contextmanager
@@ -185,7 +199,7 @@ def _told_plainly() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError) as error:
-        errors.print(f"[red]error:[/red] {error}", highlight=False)
+        errors.print(Text.assemble(("error:", "red"), f" {error}"))
         raise typer.Exit(2) from error
 
 

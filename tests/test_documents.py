@@ -20,6 +20,7 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from hf_effattn.evaluation import documents
 from hf_effattn.evaluation.documents import Skipped, fit, read_rows, read_text
+from hf_effattn.evaluation.material import Sources
 
 PAGE = b"""<!doctype html><html><head><title>tab</title><style>p {}</style></head><body>
 <!-- a comment --><h1>Head<i>ing</i></h1><p>one
@@ -88,9 +89,15 @@ def test_control_characters_become_spaces_and_are_counted(tmp_path: Path, caplog
     path = written(tmp_path / "a.txt", "a\x0cb\x1b[0m\tc\x7f\x85\n".encode())
     assert read_text(path) == "a b [0m\tc  \n"
     assert f"{path}: 4 control characters" in caplog.text
-    assert read_rows(path).replaced == 4
-    path = written(tmp_path / "a.jsonl", [{"document": "a\0b", "question": "\ud800?", "answers": "\x01c"}])
     read = read_rows(path)
+    assert (read.replaced, read.altered) == (4, [f"{path}, line 1"])
+    assert f"{path}: 4 control characters replaced by spaces, first in {path}, line 1" in caplog.text
+    page = written(tmp_path / "a.html", b"<p>one\n\n<p>two\x01")
+    assert read_rows(page).altered == [str(page)]
+    rows = [{"document": "a\0b", "question": "\ud800?", "answers": "\x01c"}]
+    path = written(tmp_path / "a.jsonl", rows)
+    read = read_rows(path)
+    assert read.altered == [f"{path}, line 1"]
     assert (read.rows, read.replaced) == ([{"document": "a b", "question": " ?", "answers": [" c"]}], 3)
 
 
@@ -204,6 +211,44 @@ def test_many_malformed_rows_get_a_summary_and_none_left_an_error(
         read_rows(path)
     with pytest.raises(ValueError, match="no usable row; 0 were skipped$"):
         read_rows(written(tmp_path / "c.jsonl", b"\n"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps([{"document": "d"}, {"document": "e"}], indent=1),
+        '[{"document": "d"},\n{"document": "e"}]',
+        '\n[{\n"document": "d"}]',
+    ],
+)
+def test_json_over_several_lines_is_told_once(text: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = written(tmp_path / "a.json", text.encode())
+    with pytest.raises(ValueError, match=r"^[^\n]*a\.json: JSON over several lines; one object a line is expected$"):
+        read_rows(path)
+    written(tmp_path / "b.json", b"\xef\xbb\xbf" + json.dumps({"document": "d"}, indent=1).encode())
+    written(tmp_path / "c.jsonl", b'["d"]\n{"document": "d"}\n')
+    read = read_rows(tmp_path)
+    assert len(read.rows) == 1
+    assert [skipped.place for skipped in read.skipped] == [
+        str(path),
+        str(tmp_path / "b.json"),
+        f"{tmp_path / 'c.jsonl'}, line 1",
+    ]
+    assert len(caplog.records) == 3
+
+
+def test_one_is_told_in_the_singular(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(ValueError, match="no usable row; 1 was skipped:"):
+        read_rows(written(tmp_path / "a.jsonl", b"null\n"))
+    read_text(written(tmp_path / "a.txt", b"a\x01"))
+    assert "a.txt: 1 control character replaced" in caplog.text
+    with pytest.raises(ValueError, match="no text in the 1 page of the PDF"):
+        read_text(written(tmp_path / "a.pdf", pdf("")))
+
+
+def test_rows_know_where_they_were(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", [{"text": "a"}, {"text": ""}, {"text": "b"}])
+    assert read_rows(path).places == [f"{path}, line 1", f"{path}, line 3"]
 
 
 def test_columns_are_renamed(tmp_path: Path) -> None:
@@ -422,5 +467,34 @@ def test_one_token_is_enough_or_too_much() -> None:
     for how in ("error", "truncate_middle", "truncate_end", "slide"):
         assert fit("w1", 1, TOKENIZERS["words"], how) == documents.Fitted(["w1"], 1, [])
     assert fit("w1 w2 w3", 1, TOKENIZERS["words"], "truncate_middle") == documents.Fitted(["w1"], 3, [(1, 3)])
-    with pytest.raises(ValueError, match="no part of the text has at most 1 tokens by itself"):
+    with pytest.raises(ValueError, match="no part of the text has at most 1 token by itself"):
         fit("w1", 1, TOKENIZERS["growing"], "slide")
+
+
+def test_texts_that_cannot_be_read_are_told_and_the_rest_goes_on(tmp_path: Path) -> None:
+    good, bad = written(tmp_path / "good.txt", b"fine"), written(tmp_path / "bad.txt", b"fine\nnot \xff")
+    rows = written(tmp_path / "rows.jsonl", [{"text": ""}])
+    tokenizer = TOKENIZERS["words"]
+    for order in ([good, bad, rows], [bad, rows, good]):
+        material, skipped = Sources(tuple(map(str, order))).gather(tokenizer)
+        assert material.text == "fine"
+        assert skipped == [
+            Skipped(str(bad), "byte 9 (line 2) is not UTF-8"),
+            Skipped(str(rows), f"{rows} has no usable row; 1 was skipped: {rows}, line 1: the document is empty"),
+        ]
+    with pytest.raises(ValueError, match=r"bad\.txt: byte 9 \(line 2\) is not UTF-8\n.*rows\.jsonl has no usable row"):
+        Sources((str(bad), str(rows))).gather(tokenizer)
+    with pytest.raises(FileNotFoundError, match=r"gone\.txt"):
+        Sources((str(good), str(tmp_path / "gone.txt"))).gather(tokenizer)
+
+
+def test_the_material_tells_of_control_characters(tmp_path: Path) -> None:
+    text = written(tmp_path / "a.txt", b"w1\nw2\x01\nw3\x02")
+    rows = written(tmp_path / "a.jsonl", [{"text": "w1"}, {"text": "w\x01"}, {"text": "\x02w"}])
+    tokenizer = TOKENIZERS["words"]
+    told = "had control characters, which became spaces; the first:"
+    material, _ = Sources((str(text),), str(rows)).gather(tokenizer)
+    assert list(material.notes) == [f"3 documents {told} {text}, line 2"]
+    assert [row["place"] for row in material.documents] == [f"{rows}, line {line}" for line in (1, 2, 3)]
+    assert list(Sources(documents=str(text)).gather(tokenizer)[0].notes) == [f"1 document {told} {text}, line 2"]
+    assert not Sources().gather(tokenizer)[0].notes

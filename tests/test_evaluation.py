@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import tiny_config
 from peft import LoraConfig, get_peft_model
 from small import PROSE, small_model, small_tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hf_effattn.cli import make_app
@@ -22,7 +25,7 @@ from hf_effattn.evaluation import TASKS, Example, Material, Settings, Subject, V
 from hf_effattn.evaluation.material import Sources
 from hf_effattn.evaluation.plots import plots
 from hf_effattn.evaluation.runner import RESULTS
-from hf_effattn.evaluation.variants import as_variant, is_converted
+from hf_effattn.evaluation.variants import EVICTIONS_START_LATE, as_variant, is_converted
 from hf_effattn.recovery import save_adapter
 
 DENSE = Variant("dense", "dense")
@@ -167,6 +170,93 @@ def test_more_examples_and_variants_are_added_to_what_is_there(model: Any, mater
         evaluate(model, TOKENIZER, settings(lengths=[256]), other, tmp_path)
 
 
+def test_results_of_another_dtype_are_not_mixed_in(model: Any, material: Material, tmp_path: Path) -> None:
+    evaluate(model, TOKENIZER, settings(lengths=[256], variants=[DENSE]), material, tmp_path)
+    with pytest.raises(ValueError, match="dtype was 'float32', is 'bfloat16'.; give another folder"):
+        evaluate(model.bfloat16(), TOKENIZER, settings(lengths=[256], variants=[DENSE]), material, tmp_path)
+
+
+def test_results_of_an_adapter_that_was_retrained_are_not_mixed_in(
+    model: Any, material: Material, tmp_path: Path
+) -> None:
+    tuned = small_model(TOKENIZER).convert_attention("linear", window=16)
+    save_adapter(tuned, tmp_path / "adapter")
+    variant = Variant.parse(f"adapter:{tmp_path / 'adapter'}")
+    first, both = settings(lengths=[256], variants=[DENSE]), settings(lengths=[256], variants=[DENSE, variant])
+    evaluate(model, TOKENIZER, first, material, tmp_path)
+    for _ in range(2):
+        evaluate(model, TOKENIZER, both, material, tmp_path)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "effattn" in name:
+                parameter.normal_()
+    save_adapter(tuned, tmp_path / "adapter")
+    before = (tmp_path / RESULTS).read_text()
+    with pytest.raises(ValueError, match="results of other weights of adapter:.*; give another folder"):
+        evaluate(model, TOKENIZER, both, material, tmp_path)
+    evaluate(model, TOKENIZER, first, material, tmp_path)
+    assert (tmp_path / RESULTS).read_text() == before
+
+
+def test_an_adapter_may_change_before_it_has_results(model: Any, material: Material, tmp_path: Path) -> None:
+    tuned = small_model(TOKENIZER).convert_attention("linear", window=16)
+    both = settings(lengths=[256], variants=[DENSE, Variant("tuned", "adapter", {"folder": str(tmp_path / "adapter")})])
+
+    def kill(description: str, done: int, total: int) -> None:
+        if done == total / 2:
+            raise KeyboardInterrupt
+
+    save_adapter(tuned, tmp_path / "adapter")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(model, TOKENIZER, both, material, tmp_path, kill)
+    save_adapter(tuned.convert_attention("linear", window=8), tmp_path / "adapter")
+    assert len(evaluate(model, TOKENIZER, both, material, tmp_path).records) == 8
+
+
+def test_perplexity_of_evictions_is_told_to_be_dense(model: Any, material: Material, tmp_path: Path) -> None:
+    variants = [DENSE, Variant.parse("sparse:eviction=knorm,capacity=64")]
+    asked = settings(tasks=["perplexity", "perplexity_cached"], lengths=[256], variants=variants)
+    results = evaluate(model, TOKENIZER, asked, material, tmp_path)
+    told = f"{EVICTIONS_START_LATE} (perplexity of {variants[1].name})"
+    assert results.notes == [told]
+    assert told in markdown(results)
+    one, other = (results.score(v.name, "perplexity", 256) for v in variants)
+    assert math.isclose(one or 0, other or 1, rel_tol=1e-5)
+    assert not math.isclose(*(results.score(v.name, "perplexity_cached", 256) or 0 for v in variants), rel_tol=1e-3)
+    asked = settings(tasks=["perplexity_cached"], lengths=[256], variants=variants)
+    assert not evaluate(model, TOKENIZER, asked, material, tmp_path).notes
+
+
+@pytest.mark.parametrize("kind", ["chat", "special tokens"])
+def test_what_template_and_tokenizer_add_counts(model: Any, material: Material, tmp_path: Path, kind: str) -> None:
+    tokenizer = small_tokenizer()
+    if kind == "chat":
+        tokenizer.chat_template = "You answer well. User: {{ messages[0]['content'] }} Answer:"
+    else:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            "<eos> " * 20 + "$A", special_tokens=[("<eos>", 1)]
+        )
+    asked = settings(tasks=["passkey"], variants=[DENSE], number=4, chat=kind == "chat")
+    results = evaluate(model, tokenizer, asked, material, tmp_path)
+    for length in asked.lengths:
+        longest = max(record["prompt_tokens"] for record in results.of("dense", "passkey", length))
+        assert length - 30 < longest + TASKS.get("passkey").max_new_tokens <= length
+
+
+def test_passages_read_on_beyond_the_positions_are_told_of(material: Material, tmp_path: Path) -> None:
+    asked = settings(tasks=["perplexity_cached"], lengths=[100], variants=[DENSE], number=1)
+    results = evaluate(small_model(TOKENIZER, max_position_embeddings=64), TOKENIZER, asked, material, tmp_path)
+    (note,) = results.notes
+    assert "perplexity_cached: passages of more than 64 tokens are read on" in note
+    learned = AutoModelForCausalLM.from_config(
+        tiny_config("gpt2", vocab_size=len(TOKENIZER), max_position_embeddings=64)
+    )
+    with pytest.raises(
+        ValueError, match="length 100 is more than the 64 positions of the model, and perplexity_cached"
+    ):
+        evaluate(learned, TOKENIZER, asked, material, tmp_path / "learned")
+
+
 def test_every_variant_answers_the_same_examples_and_the_report_opens_with_ratios(
     model: Any, material: Material, tmp_path: Path
 ) -> None:
@@ -261,6 +351,28 @@ def test_mistakes_are_told_before_anything_runs(
     assert not (tmp_path / RESULTS).exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "variants", "message"),
+    [
+        ("sparse", ["sparse:windows=3"], "unknown option 'windows'"),
+        ("sparse", ["linear:feature_map=none"], "none"),
+        ("sparse", ["sparse:window=8,layers=[9]"], "layers"),
+        ("sparse", Variant("as given", None).ablations(), "as given, window only: only linear attention with a window"),
+        ("linear", Variant.parse("linear:window=0").ablations(), "only linear attention with a window"),
+    ],
+)
+def test_mistakes_in_variants_of_a_converted_model_are_told_before_anything_runs(
+    model: Any, material: Material, tmp_path: Path, given: str, variants: list[Any], message: str
+) -> None:
+    model.convert_attention(given, window=16)
+    parsed = [Variant.parse(each) if isinstance(each, str) else each for each in variants]
+    asked = settings(lengths=[256], variants=[Variant("as given", None), *parsed])
+    with pytest.raises(ValueError, match=message):
+        evaluate(model, TOKENIZER, asked, material, tmp_path)
+    assert not (tmp_path / RESULTS).exists()
+    assert is_converted(model)
+
+
 @pytest.mark.parametrize(("how", "number"), [("skip", 1), ("truncate_middle", 3), ("truncate_end", 3), ("slide", 6)])
 @pytest.mark.parametrize("name", ["documents", "summaries"])
 def test_long_documents_are_treated_as_asked(name: str, how: str, number: int, tmp_path: Path) -> None:
@@ -286,7 +398,7 @@ def test_long_documents_are_treated_as_asked(name: str, how: str, number: int, t
 def test_a_document_that_is_too_long_can_be_an_error(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text(PROSE[:6000])
     material, _ = Sources(documents=str(tmp_path / "long.txt"), too_long="error").gather(TOKENIZER)
-    with pytest.raises(ValueError, match="row 0 of the documents: question must be a text"):
+    with pytest.raises(ValueError, match="question must be a text"):
         TASKS.get("documents")(material).examples(1024, 1)
     (tmp_path / "rows.jsonl").write_text(json.dumps({"document": PROSE[:6000], "question": "Who?", "answers": ["he"]}))
     material, _ = Sources(documents=str(tmp_path / "rows.jsonl"), too_long="error").gather(TOKENIZER)
@@ -340,7 +452,7 @@ def test_the_command_writes_report_results_and_plots(run: Run, tmp_path: Path) -
     result = run("--tasks", "perplexity,passkey,documents", "--number", "1", *arguments)
     assert result.exit_code == 0, result.output
     report = (tmp_path / "report.md").read_text()
-    assert "1 rows skipped" in report
+    assert "rows skipped: 1" in report
     assert "rows.jsonl" in report
     assert {"results.jsonl", "scores.png", "costs.png", "positions.png"} <= {path.name for path in tmp_path.iterdir()}
 

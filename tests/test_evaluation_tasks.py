@@ -24,6 +24,7 @@ from hf_effattn.evaluation.haystack import (
     stretch,
     words,
 )
+from hf_effattn.evaluation.texts import Fitted
 
 TEXT = (Path(__file__).parent / "data" / "prose.txt").read_text()
 PARAGRAPHS = [paragraph for paragraph in TEXT.split("\n\n") if 20 <= len(paragraph.split()) <= 60]
@@ -281,9 +282,68 @@ def test_rows_that_are_too_long_are_left_out(name: str) -> None:
 def test_bad_rows_are_left_out_and_told(name: str, change: dict[str, Any], message: str) -> None:
     task = make(name, documents=[DOCUMENTS[0], DOCUMENTS[1] | change, *DOCUMENTS[2:4]])
     assert {example.details["row"] for example in task.examples(1024, 10)} == {0, 2, 3}
-    assert re.search(f"1 rows were left out; .*{re.escape(message)}", task.notes[0])
+    assert re.search(f"1 row was left out; .*{re.escape(message)}", task.notes[0])
     with pytest.raises(ValueError, match=re.escape(message.replace("row 1", "row 0"))):
         make(name, documents=[DOCUMENTS[0] | change, DOCUMENTS[1] | change]).examples(1024, 1)
+
+
+@pytest.mark.parametrize("name", OF_ROWS)
+def test_every_bad_row_is_told_with_its_place(name: str) -> None:
+    rows = [row | {"place": f"rows.jsonl, line {number}"} for number, row in enumerate(DOCUMENTS, 3)]
+    for number in (1, 3):
+        rows[number] = rows[number] | {"answers": []}
+    task = make(name, documents=rows)
+    task.examples(1024, 10)
+    reason = "answers must be a list of texts that are not empty; got []"
+    assert task.notes == [f"2 rows were left out; rows.jsonl, line 4: {reason}; rows.jsonl, line 6: {reason}"]
+    rows = [row | {"answers": []} for row in rows] * 3
+    with pytest.raises(
+        ValueError, match=f"{len(rows)} rows were left out; rows.jsonl, line 3: .*; and {len(rows) - 20} more$"
+    ):
+        make(name, documents=rows).examples(1024, 10)
+
+
+@pytest.mark.parametrize("name", OF_ROWS)
+def test_answers_longer_than_what_is_generated(name: str) -> None:
+    room = make(name).max_new_tokens
+    fits, longer = "word " * room, "word " * (room + 1)
+    answers = ([longer, fits], [longer], [longer, "more " + longer])
+    rows = [row | {"answers": each} for row, each in zip(DOCUMENTS, answers, strict=False)] + DOCUMENTS[3:5]
+    task = make(name, documents=rows)
+    found = {example.details["row"] for example in task.examples(1024, 10)}
+    if name == "summaries":
+        assert (found, task.notes) == ({0, 1, 2, 3, 4}, [])
+        return
+    assert found == {0, 3, 4}
+    reason = f"the shortest answer has {room + 1} tokens; at most {room} are generated"
+    places = (f"row {row} of the documents: {reason}" for row in (1, 2))
+    assert task.notes == [f"2 rows were left out; {'; '.join(places)}"]
+
+
+@pytest.mark.parametrize("name", WHOLE_ROWS)
+def test_documents_that_are_slid_over_are_told(name: str) -> None:
+    def shorten(text: str, room: int) -> Fitted:
+        words = text.split()
+        return Fitted([" ".join(words[i : i + room]) for i in range(0, len(words), room)], len(words), [])
+
+    long = [row | {"document": "word " * 2000} for row in DOCUMENTS[:2]]
+    task = make(name, documents=[*long, DOCUMENTS[2]], shorten=shorten)
+    pieces = len(task.examples(1024, 100)) - 1
+    assert task.notes == [f"2 documents were too long for 1,024 tokens and slid over in {pieces} pieces"]
+    task = make(name, documents=long[:1], shorten=shorten)
+    assert len(task.examples(1024, 2)) == 2
+    told = f"slid over in {pieces // 2} pieces, the first 2 of them taken"
+    assert task.notes == [f"1 document was too long for 1,024 tokens and {told}"]
+
+
+@pytest.mark.parametrize("name", WHOLE_ROWS)
+def test_a_document_that_is_too_long_is_named(name: str) -> None:
+    def shorten(text: str, room: int) -> Fitted:
+        raise ValueError("too long")
+
+    long = DOCUMENTS[0] | {"document": "word " * 2000, "place": "rows.jsonl, line 7"}
+    with pytest.raises(ValueError, match=r"^rows\.jsonl, line 7: too long$"):
+        make(name, documents=[long], shorten=shorten).examples(1024, 1)
 
 
 def test_questions_and_documents_must_be_there() -> None:

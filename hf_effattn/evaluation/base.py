@@ -44,6 +44,7 @@ class Material:
         seed: Of everything that is drawn; the same seed gives the same examples to every model.
         documents: Rows with `document`, `question` and `answers`, for tasks about given documents.
         shorten: `(text, tokens) -> Fitted`, what becomes of a document that is too long; None to leave it out.
+        overhead: Tokens that the chat template and the tokenizer add to a prompt; `evaluate` measures them.
     """
 
     count_tokens: Callable[[str], int]
@@ -51,6 +52,7 @@ class Material:
     seed: int = 42
     documents: Sequence[dict[str, Any]] = ()
     shorten: Callable[[str, int], Fitted] | None = None
+    overhead: int = field(default=0, kw_only=True)
 
 
 class Task:
@@ -65,6 +67,8 @@ class Task:
     score_name: ClassVar[str] = "score"  # of what a report shows
     higher_is_better: ClassVar[bool] = True
     fits_positions: ClassVar[bool] = True  # whether the model reads an example in one piece
+    reads_on: ClassVar[bool] = False  # whether it reads on beyond its positions
+    has_cache: ClassVar[bool] = True  # whether it reads as it does while generating
 
     def __init__(self, material: Material) -> None:
         self.material = material
@@ -107,4 +111,4 @@ class GenerationTask(Task):
 
     def room(self, length: int) -> int:
         """Return the tokens that the prompt and the answer prefix may have."""
-        return length - self.max_new_tokens
+        return length - self.max_new_tokens - self.material.overhead

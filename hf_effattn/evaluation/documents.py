@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..notation import whole_number
-from .texts import DAMAGED, Fitted, cleaned, fit, kind, opened, raw_text, read_text
+from .records import Whole, records
+from .texts import Fitted, cleaned, counted, first_control, fit, read_text, were
 
 __all__ = ["Fitted", "Rows", "Skipped", "fit", "read_rows", "read_text"]
 
 logger = logging.getLogger(__name__)
-ROWS = (".json", ".jsonl")  # files with one row a line
-TABLES = (".arrow", ".csv", ".parquet")  # files with rows that `datasets` reads
-SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder that `save_to_disk` wrote
 NAMES = {  # under which a row may have a field
     "document": ("document", "text", "context", "report"),
     "question": ("question", "query"),
@@ -50,11 +46,15 @@ class Rows:
         rows: Dictionaries with `document`, `question` ("" if there is none), `answers` and, where there is one, `id`.
         skipped: What was not taken.
         replaced: Control characters for which there are spaces now.
+        places: Of the rows: the file and the line, or the dataset and the row.
+        altered: Where there are rows with such characters.
     """
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     replaced: int = 0
+    places: list[str] = field(default_factory=list)
+    altered: list[str] = field(default_factory=list)
 
     def skip(self, place: str, reason: str) -> None:
         """Record what was not taken; the first few with a warning."""
@@ -97,14 +97,17 @@ def read_rows(
     limit = None if limit is None else whole_number("limit", limit, 1)
     found = Rows()
     texts = None if documents is None else _by_id(documents, columns, found)
-    for place, record in _records(source, split, streaming, name):
+    for place, record in records(source, split, streaming, name):
         try:
             row, replaced = _row(record, columns, texts)
         except ValueError as error:
             found.skip(place, str(error))
             continue
         found.rows.append(row)
-        found.replaced += replaced
+        found.places.append(place)
+        if replaced:
+            found.replaced += replaced
+            found.altered.append(first_control(place, record["document"]) if isinstance(record, Whole) else place)
         if len(found.rows) == limit:
             break
     _conclude(found, source)
@@ -115,11 +118,13 @@ def _conclude(found: Rows, source: str | Path) -> None:
     """Warn about what has no warning of its own; raise an error if there is nothing else."""
     if not found.rows:
         reasons = "".join(f"\n  {skipped.place}: {skipped.reason}" for skipped in found.skipped[:5])
-        raise ValueError(f"{source} has no usable row; {len(found.skipped)} were skipped{reasons and ':'}{reasons}")
+        count = were(len(found.skipped))
+        raise ValueError(f"{source} has no usable row; {count} skipped{reasons and ':'}{reasons}")
     if len(found.skipped) > SHOWN:
         logger.warning("%s: %d skipped in all, of which the first %d were named", source, len(found.skipped), SHOWN)
     if found.replaced:
-        logger.warning("%s: %d control characters replaced by spaces", source, found.replaced)
+        count = counted(found.replaced, "control character")
+        logger.warning("%s: %s replaced by spaces, first in %s", source, count, found.altered[0])
 
 
 def _by_id(source: str | Path, columns: Mapping[str, str], found: Rows) -> dict[str, str]:
@@ -129,6 +134,7 @@ def _by_id(source: str | Path, columns: Mapping[str, str], found: Rows) -> dict[
     read = read_rows(source, columns=names)
     found.skipped += read.skipped
     found.replaced += read.replaced
+    found.altered += read.altered
     texts: dict[str, str] = {}
     for row in read.rows:
         if row.get("id") in texts:
@@ -185,76 +191,3 @@ def _answers(value: Any) -> list[str]:
     if not isinstance(answers, (list, tuple)) or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(f"the answers are not texts but {value!r:.60}")
     return list(answers)
-
-
-def _records(source: str | Path, split: str | None, streaming: bool, name: str | None) -> Iterator[tuple[str, Any]]:
-    """Yield rows as they are in the source, or the error that is there instead, with the places."""
-    path = Path(source).expanduser()
-    if path.is_file() and split is not None:
-        raise ValueError(f"{path} is a file and has no splits; got split={split!r}")
-    if path.is_file() and kind(path) not in TABLES:
-        yield from _in_file(path, path.name)
-    elif path.is_dir() and split is None and not _is_dataset(path):
-        for file in sorted(path.rglob("*")):
-            inside = file.relative_to(path)
-            if file.is_file() and not any(part.startswith(".") for part in inside.parts):
-                try:
-                    yield from _in_file(file, inside.as_posix())
-                except (ValueError, OSError) as error:
-                    yield str(file), ValueError(str(error).removeprefix(f"{file}: "))
-    elif not path.exists() and (isinstance(source, Path) or re.search(r"^[./~]|/.*/|\\|\.[A-Za-z]\w*$", source)):
-        raise FileNotFoundError(f"there is no file or folder {source}")
-    else:
-        for number, record in enumerate(_in_dataset(path, str(source), split, streaming, name), 1):
-            yield f"{source}, row {number}", record
-
-
-def _in_file(path: Path, name: str) -> Iterator[tuple[str, Any]]:
-    if kind(path) not in ROWS:
-        yield str(path), {"document": raw_text(path), "id": name, "doc_id": name}
-        return
-    number = 0
-    try:
-        with opened(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path}, line {number}", _parsed(line)
-    except DAMAGED as error:
-        raise ValueError(f"{path}: the file is damaged behind line {number}: {error}") from error
-
-
-def _parsed(line: bytes) -> Any:
-    try:
-        return json.loads(line.decode("utf-8-sig").rstrip())
-    except UnicodeDecodeError as error:
-        return ValueError(f"byte {error.start} of the line is not UTF-8")
-    except json.JSONDecodeError as error:
-        return ValueError(f"not JSON: {error.msg} at character {error.pos + 1}")
-    except (ValueError, RecursionError) as error:  # a number or a nesting without end
-        return ValueError(f"not JSON that can be read: {error}")
-
-
-def _is_dataset(path: Path) -> bool:
-    files = [file for file in path.rglob("*") if file.is_file()]
-    tables = [file.name for file in files if kind(file) in TABLES or file.name in SAVED]
-    others = [file.name for file in files if kind(file) in (".htm", ".html", ".jsonl", ".pdf", ".rst", ".txt")]
-    if tables and others:
-        raise ValueError(f"{path} has tables ({tables[0]}) and other files ({others[0]}): read them one by one")
-    return bool(tables)
-
-
-def _in_dataset(path: Path, source: str, split: str | None, streaming: bool, name: str | None) -> Any:
-    import datasets  # takes a second, and files don't need it
-
-    if path.is_file():
-        return datasets.load_dataset(kind(path)[1:], data_files=str(path), split="train", streaming=streaming)
-    if any((path / saved).is_file() for saved in SAVED):
-        data: Any = datasets.load_from_disk(str(path))
-        data = data if isinstance(data, dict) else {str(data.split): data}
-    else:
-        data = datasets.load_dataset(str(path) if path.is_dir() else source, name, split=split, streaming=streaming)
-    if not isinstance(data, dict):
-        return data
-    if split not in data and (len(data) > 1 or split is not None):
-        raise ValueError(f"{source} has the splits {', '.join(map(str, data))}; got split={split!r}")
-    return data[split] if split in data else next(iter(data.values()))

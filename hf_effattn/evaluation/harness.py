@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from ..config import CONFIGS, MechanismConfig, make_config
 from ..config.base import refuse_unknown
 from ..convert import convert_attention, revert_attention
+from .variants import EVICTIONS_START_LATE
 
 try:
     from lm_eval.api.registry import register_model
@@ -107,7 +108,7 @@ class ConvertedLM(HFLM):
     def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> list[tuple[float, bool]]:
         specs = (getattr(self.model.config, "effattn", None) or {}).get("layers", [])
         if any(spec and "eviction" in spec for spec in specs):
-            warning_once(logger, "Evictions start after the prompt: loglikelihoods are those of dense attention.")
+            warning_once(logger, f"{EVICTIONS_START_LATE}.")
         return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
     def get_model_info(self) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from .base import Material
-from .documents import ROWS, Rows, Skipped, read_rows
-from .texts import HOW, fit, kind, read_text
+from .documents import Rows, Skipped, read_rows
+from .records import ROWS
+from .texts import HOW, counted, fit, kind, read_marked
 
 TOO_LONG = ("skip", *HOW)
 
@@ -21,6 +22,17 @@ def default_text() -> str:
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+@dataclass(frozen=True)
+class Gathered(Material):
+    """The material out of what users name.
+
+    Args:
+        notes: For the report: what was altered. What was skipped is not among them.
+    """
+
+    notes: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -47,30 +59,56 @@ class Sources:
         if self.too_long not in TOO_LONG:
             raise ValueError(f"unknown way to treat documents that are too long {self.too_long!r}; valid: {TOO_LONG}")
 
-    def gather(self, tokenizer: PreTrainedTokenizerBase, seed: int = 42) -> tuple[Material, list[Skipped]]:
-        """Return the material of tasks for the tokenizer, and the rows that were skipped.
+    def gather(self, tokenizer: PreTrainedTokenizerBase, seed: int = 42) -> tuple[Gathered, list[Skipped]]:
+        """Return the material of tasks for the tokenizer, and the rows and texts that were skipped. The documents have
+        a `place`, which tells file and line.
 
         Raises:
-            ValueError: if nothing can be read.
+            ValueError: if no text, or no document, can be read.
             FileNotFoundError: if a file is not there.
         """
-        skipped: list[Skipped] = []
-        parts = []
-        for name in self.texts:
-            path = Path(name).expanduser()
-            if path.is_file() and kind(path) not in ROWS:
-                parts.append(read_text(path))
-                continue
-            rows = read_rows(name)
-            parts += [row["document"] for row in rows.rows]
-            skipped += rows.skipped
+        texts = self._texts()
         given = Rows()
         if self.documents is not None:
             given = read_rows(self.documents, columns=self.columns, documents=self.join)
+        documents = tuple(row | {"place": place} for row, place in zip(given.rows, given.places, strict=True))
         shorten = None if self.too_long == "skip" else partial(fit, tokenizer=tokenizer, how=self.too_long)
-        text = "\n\n".join(parts) if parts else default_text()
-        count = partial(count_tokens, tokenizer)
-        return Material(count, text, seed, tuple(given.rows), shorten), skipped + given.skipped
+        text = "\n\n".join(row["document"] for row in texts.rows) if texts.rows else default_text()
+        altered = texts.altered + given.altered
+        notes = []
+        if altered:
+            count = counted(len(altered), "document")
+            notes.append(f"{count} had control characters, which became spaces; the first: {altered[0]}")
+        material = Gathered(
+            partial(count_tokens, tokenizer), text, seed, documents=documents, shorten=shorten, notes=notes
+        )
+        return material, texts.skipped + given.skipped
+
+    def _texts(self) -> Rows:
+        """Return the texts as rows; what can't be read is skipped unless there is nothing else."""
+        found = Rows()
+        errors = []
+        for name in self.texts:
+            try:
+                read = _text(name)
+            except (ValueError, PermissionError) as error:
+                errors.append(error)
+                found.skip(name, " ".join(str(error).removeprefix(f"{Path(name).expanduser()}: ").split()))
+                continue
+            found.rows += read.rows
+            found.skipped += read.skipped
+            found.altered += read.altered
+        if errors and not found.rows:
+            raise ValueError("\n".join(map(str, errors))) from errors[0]
+        return found
+
+
+def _text(name: str) -> Rows:
+    path = Path(name).expanduser()
+    if not path.is_file() or kind(path) in ROWS:
+        return read_rows(name)
+    text, place = read_marked(path)
+    return Rows([{"document": text}], altered=[place] if place else [])
 
 
 def count_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 from .base import TASKS
@@ -58,12 +59,12 @@ class Results:
         return TASKS.get(task).total(found) if found else None
 
     def seconds(self, variant: str, key: str, length: int) -> float | None:
-        """Return the mean seconds of a token: of the prompt, or of one more behind it."""
+        """Return the median seconds of a token: of the prompt, or of one more behind it. Whatever else the machine did
+        for a while does not count."""
         found = [record for record in self.of(variant, length=length) if record.get(key) is not None]
         if not found:
             return None
-        tokens = sum(record["prompt_tokens"] if key == RATES["prefill"] else 1 for record in found)
-        return sum(record[key] for record in found) / tokens
+        return median(record[key] / (record["prompt_tokens"] if key == RATES["prefill"] else 1) for record in found)
 
     def bytes(self, variant: str, length: int) -> int | None:
         return self.cache_bytes.get(variant, {}).get(str(length))

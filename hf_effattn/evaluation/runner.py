@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..report import attention_report
+from ..targets import find_targets, position_embeddings
 from .base import TASKS, Example, Material, Task
 from .report import Results
 from .subject import Subject
-from .variants import Variant, as_variant, is_converted
+from .variants import EVICTIONS_START_LATE, Variant, adapter_digest, as_variant, is_converted, mechanisms
 
 RESULTS, SETTINGS = "results.jsonl", "settings.json"
 Key = tuple[str, str, int, int]  # variant, task, length, index of the example
@@ -90,17 +91,20 @@ def evaluate(
 
     Raises:
         ValueError: for unknown tasks or options of variants, lengths the model has no positions for, and a folder with
-            results of other settings. Nothing has been computed then.
+            results of other settings, in another dtype, or of other adapters. Nothing has been computed then.
     """
-    _check(model, settings)
+    notes = _check(model, settings)
     subject = Subject(model, tokenizer, settings.batch_size, settings.chat)
+    material = replace(material, overhead=subject.overhead())
     works = [_work(name, length, settings.number, material) for name in settings.tasks for length in settings.lengths]
-    identity = {**settings.of_examples(), "model": str(model.config.name_or_path)}
+    dtype = str(model.dtype).removeprefix("torch.")
+    identity = {**settings.of_examples(), "model": str(model.config.name_or_path), "dtype": dtype}
     store = _Store(folder, identity)
     names = [variant.name for variant in settings.variants]
     wanted = {(v, w.name, w.length, i) for v in names for w in works for i in range(len(w.examples))}
-    store.settings["notes"] = sorted({note for work in works for note in work.task.notes})
+    store.settings["notes"] = [*sorted({note for work in works for note in work.task.notes}), *notes]
     store.agrees(works)
+    store.has_same_adapters(settings.variants)
     total = sum(key[2] for key in wanted)
     done = sum(key[2] for key in wanted if key in store.records)
     for variant in settings.variants:
@@ -131,16 +135,30 @@ def _work(name: str, length: int, number: int, material: Material) -> Work:
         raise ValueError(f"{name} at {length:,} tokens: {error}") from error
 
 
-def _check(model: PreTrainedModel, settings: Settings) -> None:
-    """Find out beforehand what would fail after hours."""
+def _check(model: PreTrainedModel, settings: Settings) -> list[str]:
+    """Find out beforehand what would fail after hours; return what the report should say of the rest."""
     as_given = [variant.mechanism is None for variant in settings.variants]
     if as_given != sorted(as_given, reverse=True):
         raise ValueError("variants that leave the model as it is must come first")
     if any(as_given) and not is_converted(model):
         raise ValueError("the model is not converted: it is dense as it is")
+    evicting = [v.name for v in settings.variants if any(c.kind == "evicting" for c in mechanisms(model, v))]
+    parallel = [name for name in settings.tasks if not TASKS.get(name).has_cache]
+    notes = []
+    if evicting and parallel:
+        notes.append(f"{EVICTIONS_START_LATE} ({', '.join(parallel)} of {', '.join(evicting)})")
     positions = getattr(model.config, "max_position_embeddings", None)
+    beyond = bool(positions and max(settings.lengths) > positions)
     whole = [name for name in settings.tasks if TASKS.get(name).fits_positions]
-    if positions and whole and max(settings.lengths) > positions:
+    reading_on = [name for name in settings.tasks if TASKS.get(name).reads_on] if beyond else []
+    if reading_on and _has_learned_positions(model):
+        whole += reading_on
+    elif reading_on:
+        notes.append(
+            f"{', '.join(reading_on)}: passages of more than {positions:,} tokens are read on beyond the positions the "
+            "model was made for"
+        )
+    if beyond and whole:
         raise ValueError(
             f"length {max(settings.lengths):,} is more than the {positions:,} positions of the model, "
             f"and {', '.join(whole)} reads examples in one piece"
@@ -149,6 +167,11 @@ def _check(model: PreTrainedModel, settings: Settings) -> None:
         for variant in settings.variants:
             with as_variant(model, variant):
                 pass
+    return notes
+
+
+def _has_learned_positions(model: PreTrainedModel) -> bool:
+    return bool(position_embeddings(model, find_targets(model).architecture))
 
 
 def _digest(example: Example) -> str:
@@ -193,6 +216,16 @@ class _Store:
                     f"{self.folder} holds results of other examples ({name} at {length:,} tokens: another text, "
                     "documents, or way to cut them); give another folder"
                 )
+
+    def has_same_adapters(self, variants: Sequence[Variant]) -> None:
+        """Note what adapters the variants have; raise a ValueError if there are records of others of their names."""
+        known = self.settings.setdefault("adapters", {})
+        found, recorded = {v.name: adapter_digest(v) for v in variants}, {key[0] for key in self.records}
+        for name, digest in found.items():
+            if name in recorded and known.get(name) != digest:
+                raise ValueError(f"{self.folder} holds results of other weights of {name}; give another folder")
+        known.update({name: digest for name, digest in found.items() if digest})
+        self._save()
 
     def describe(self, variant: str, cache_bytes: dict[str, int]) -> None:
         self.settings["cache_bytes"].setdefault(variant, {}).update(cache_bytes)

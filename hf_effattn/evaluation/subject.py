@@ -20,6 +20,7 @@ from transformers import (
 from .base import Example
 from .material import count_tokens
 
+SAMPLES = (Example("Here. Who?", ()), Example("Here. Who?", (), " It is"), Example("Count to 12\n", (), "Answer:"))
 PIECE = 2048  # tokens whose logits are held in float32 at a time
 
 
@@ -73,6 +74,13 @@ class Subject:
         messages = [{"role": "user", "content": example.prompt}]
         shown = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return str(shown) + example.answer_prefix
+
+    def overhead(self) -> int:
+        """Return the tokens that the chat template and the tokenizer add to a prompt: the most of several prompts,
+        since tokens may join where the prompt meets the template."""
+        own = [self.count_tokens(x.prompt + x.answer_prefix) for x in SAMPLES]
+        read = self.tokenizer([self.prompt(x) for x in SAMPLES], add_special_tokens=not self.chat).input_ids
+        return max(len(ids) - tokens for ids, tokens in zip(read, own, strict=True))
 
     @torch.inference_mode()
     def generate(self, examples: Sequence[Example], max_new_tokens: int) -> Iterator[Answer]:

@@ -26,6 +26,8 @@ DAMAGED = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading a damaged .gz
 INVISIBLE = ["noscript", "script", "style", "template", "title"]
 BLOCKS = "address article aside blockquote br caption dd div dl dt figcaption figure footer form h1 h2 h3 h4 h5 h6 "
 BLOCKS += "header hr li main nav ol option p pre section table tr ul"
+PDF = ".pdf"
+EXTRACTED = (".htm", ".html", PDF)  # files whose lines are not those of their texts
 HOW = ("error", "truncate_middle", "truncate_end", "slide")
 
 
@@ -53,10 +55,16 @@ def read_text(path: str | Path) -> str:
         ValueError: if the file has no text, is damaged, encrypted or not what its name says.
         ImportError: without pypdf or beautifulsoup4, which the extra `eval` installs.
     """
-    text, replaced = cleaned(raw_text(Path(path).expanduser()))
+    return read_marked(path)[0]
+
+
+def read_marked(path: str | Path) -> tuple[str, str]:
+    """Return the text that `read_text` does, and where the first control character was, or an empty text."""
+    raw = raw_text(Path(path).expanduser())
+    text, replaced = cleaned(raw)
     if replaced:
-        logger.warning("%s: %d control characters replaced by spaces", path, replaced)
-    return text
+        logger.warning("%s: %s replaced by spaces", path, counted(replaced, "control character"))
+    return text, first_control(path, raw) if replaced else ""
 
 
 def raw_text(path: Path) -> str:
@@ -64,12 +72,12 @@ def raw_text(path: Path) -> str:
     try:
         with opened(path) as file:
             data = file.read()
-        if kind(path) == ".pdf":
+        if kind(path) == PDF:
             text = _pdf(data)
         elif b"\0" in data:
             raise ValueError(f"byte {data.index(0)} is zero: a binary file, or text that is not UTF-8")
         else:
-            text = _html(data) if kind(path) in (".html", ".htm") else _decoded(data)
+            text = _html(data) if kind(path) in EXTRACTED else _decoded(data)
         if not cleaned(text)[0].strip():
             raise ValueError("the document is empty")
     except (ValueError, *DAMAGED) as error:
@@ -79,7 +87,28 @@ def raw_text(path: Path) -> str:
 
 def cleaned(text: str) -> tuple[str, int]:
     """Return the text with spaces for control characters, and how many these were."""
-    return CONTROL.subn(" ", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return CONTROL.subn(" ", _with_newlines(text))
+
+
+def first_control(path: str | Path, text: str) -> str:
+    """Return the place of the first control character in the text of a file; without the line if it was extracted."""
+    lines = _with_newlines(text).split("\n")
+    line = next((number for number, line in enumerate(lines, 1) if CONTROL.search(line)), None)
+    return str(path) if line is None or kind(Path(path)) in EXTRACTED else f"{path}, line {line}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number of things, such as "1 row" or "2 rows"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def were(number: int, noun: str = "") -> str:
+    """Return the beginning of a sentence about things, such as "1 row was" or "2 were"."""
+    return f"{counted(number, noun) if noun else f'{number:,}'} {'was' if number == 1 else 'were'}"
+
+
+def _with_newlines(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def opened(path: Path) -> Any:
@@ -139,7 +168,7 @@ def _pdf(data: bytes) -> str:
     if not readable:
         raise ValueError("the PDF is encrypted; it needs a password")
     if not any(page.strip() for page in pages):
-        raise ValueError(f"no text in the {len(pages)} pages of the PDF; scans need text recognition first")
+        raise ValueError(f"no text in the {counted(len(pages), 'page')} of the PDF; scans need text recognition first")
     return "\n".join(pages)
 
 
@@ -159,7 +188,7 @@ def fit(text: str, room: int, tokenizer: PreTrainedTokenizerBase, how: str) -> F
     if total <= room:
         return Fitted([text], total, [])
     if how == "error":
-        raise ValueError(f"the text has {total:,} tokens; there is room for {room:,}")
+        raise ValueError(f"the text has {counted(total, 'token')}; there is room for {room:,}")
     if how == "slide":
         return Fitted(_slide(total, part, room, tokenizer), total, [])
 
@@ -213,4 +242,4 @@ def _longest(build: Callable[[int], str], kept: int, room: int, tokenizer: PreTr
         if excess <= 0:
             return kept, piece
         kept -= max(1, min(excess, kept // 2))
-    raise ValueError(f"no part of the text has at most {room} tokens by itself")
+    raise ValueError(f"no part of the text has at most {counted(room, 'token')} by itself")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +12,17 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..attention import HybridAttention
-from ..config import SparseConfig
+from ..config import MechanismConfig, SparseConfig, config_from_dict, make_config
 from ..convert import convert_attention, revert_attention
 from ..recovery import load_adapter
+from ..recovery.adapter_files import FILES, local, read
 from ..recovery.teacher import converted_layers, mechanism_of
+from ..targets import choose_layers, find_targets
 
 DENSE, ADAPTER = "dense", "adapter"
 PARTS = ("window", "linear")
+NO_PARTS = "only linear attention with a window has parts to leave out; no layer is of this kind"
+EVICTIONS_START_LATE = "Evictions start after the prompt: loglikelihoods are those of dense attention"
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,40 @@ def is_converted(model: PreTrainedModel) -> bool:
     return bool(converted_layers(model))
 
 
+def mechanisms(model: PreTrainedModel, variant: Variant) -> list[MechanismConfig]:
+    """Return how layers are converted in a variant, after its options have been checked; `model` stays as it is.
+
+    Raises:
+        TypeError, ValueError: as `convert_attention` does, and for a part of a variant that has none.
+        FileNotFoundError: if an adapter is not there.
+    """
+    found: list[MechanismConfig] = []
+    if variant.mechanism is None:
+        found = [config_from_dict(layer) for layer in model.config.effattn["layers"] if layer]
+    elif variant.mechanism == ADAPTER:
+        saved = read(local(variant.options["folder"]))
+        saved.check_whole()
+        found = [config_from_dict(layer) for layer in saved.layers if layer]
+    elif variant.mechanism != DENSE:
+        options = dict(variant.options)
+        layers, keep_softmax = options.pop("layers", None), options.pop("keep_softmax", None)
+        config = make_config(variant.mechanism, options)
+        found = [config for _ in choose_layers(find_targets(model), layers, keep_softmax)]
+    if variant.part is not None and not any(config.kind == "hybrid" for config in found):
+        raise ValueError(f"{variant.name}: {NO_PARTS}")
+    return found
+
+
+def adapter_digest(variant: Variant) -> str | None:
+    """Return a digest of the files of a variant's adapter; None for a variant without one."""
+    if variant.mechanism != ADAPTER:
+        return None
+    folder, digest = local(variant.options["folder"]), hashlib.sha256()
+    for path in (folder / name for name in FILES):
+        digest.update(hashlib.sha256(path.read_bytes() if path.is_file() else b"").digest())
+    return digest.hexdigest()[:16]
+
+
 @contextmanager
 def as_variant(model: PreTrainedModel, variant: Variant) -> Iterator[PreTrainedModel]:
     """Give `model` as `variant` says. What is dense or converted here is dense afterwards: variants that leave the
@@ -99,7 +138,7 @@ def _only(model: PreTrainedModel, part: str | None) -> Iterator[None]:
         yield
         return
     if not hybrids:
-        raise ValueError("only linear attention with a window has parts to leave out; no layer is of this kind")
+        raise ValueError(NO_PARTS)
     for index, whole in hybrids.items():
         options = whole.options
         if part == "window":

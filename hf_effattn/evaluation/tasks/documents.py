@@ -7,7 +7,9 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from ..base import TASKS, Example
+from ..documents import SHOWN
 from ..metrics import RougeL, TokenF1
+from ..texts import counted, were
 from .drawn import DrawnTask
 
 Build = Callable[[int], tuple[str, dict[str, Any]]]  # a prompt by its size, and details
@@ -19,6 +21,7 @@ class RowsTask(DrawnTask):
     prompt: ClassVar[str]
     prefix: ClassVar[str]
     needs_question: ClassVar[bool] = True
+    needs_whole_answer: ClassVar[bool] = True  # whether an answer that is cut can't be right
 
     def examples(self, length: int, number: int) -> list[Example]:
         """Return `number` examples, or as many as the rows give; the notes tell how many were left out or cut.
@@ -38,13 +41,24 @@ class RowsTask(DrawnTask):
             shortest = min(self.least(row, length) for row in self.order)
             raise ValueError(f"the shortest example has {shortest} tokens; there is room for {self.room(length)}")
         if left_out:
-            self.notes.append(f"{left_out} documents were left out as too long for {length:,} tokens")
+            self.notes.append(f"{were(left_out, 'document')} left out as too long for {length:,} tokens")
+        self._tell_of_long(found, length, number)
+        return found[:number]
+
+    def _tell_of_long(self, found: list[Example], length: int, number: int) -> None:
+        """Add notes about documents that were cut or slid over."""
         cut = sum(bool(example.details.get("cuts")) for example in found[:number])
         if cut:
             self.notes.append(
-                f"{cut} documents were cut to {length:,} tokens; the results tell which tokens are missing"
+                f"{were(cut, 'document')} cut to {length:,} tokens; the results tell which tokens are missing"
             )
-        return found[:number]
+        pieces = [example.details["row"] for example in found if example.details.get("cuts") == []]
+        if pieces:
+            taken = sum(example.details.get("cuts") == [] for example in found[:number])
+            self.notes.append(
+                f"{were(len(set(pieces)), 'document')} too long for {length:,} tokens and slid over in "
+                f"{counted(len(pieces), 'piece')}{'' if taken == len(pieces) else f', the first {taken} of them taken'}"
+            )
 
     def examples_of(self, row: int, length: int) -> list[Example]:
         """Return the examples that a row gives; none if it is too long."""
@@ -66,17 +80,24 @@ class RowsTask(DrawnTask):
         if not self.material.documents:
             raise ValueError("there are no documents; this task is about rows with document, question and answers")
         faults = {number: self.fault(row) for number, row in enumerate(self.material.documents)}
-        wrong = [f"row {number} of the documents: {fault}" for number, fault in faults.items() if fault]
+        wrong = [f"{self.place(number)}: {fault}" for number, fault in faults.items() if fault]
+        told = f"{were(len(wrong), 'row')} left out; {'; '.join(wrong[:SHOWN])}"
+        if len(wrong) > SHOWN:
+            told += f"; and {len(wrong) - SHOWN} more"
         if len(wrong) == len(faults):
-            raise ValueError(wrong[0])
+            raise ValueError(told)
         if wrong:
-            self.notes.append(f"{len(wrong)} rows were left out; {wrong[0]}")
+            self.notes.append(told)
         return {number: row for number, row in enumerate(self.material.documents) if not faults[number]}
 
     @cached_property
     def order(self) -> list[int]:
         """The rows in the order in which they become examples, the same at every length."""
         return self.random(0, 0).sample(list(self.rows), len(self.rows))
+
+    def place(self, row: int) -> str:
+        """Return where a row is: file and line if they are known."""
+        return str(self.material.documents[row].get("place", f"row {row} of the documents"))
 
     def fault(self, row: dict[str, Any]) -> str:
         """Return what is wrong with a row, or an empty text."""
@@ -87,6 +108,9 @@ class RowsTask(DrawnTask):
             return f"question must be a text that is not empty; got {question!r}"
         if not isinstance(answers, (list, tuple)) or not answers or not all(isinstance(x, str) and x for x in answers):
             return f"answers must be a list of texts that are not empty; got {answers!r}"
+        least = min(map(self.material.count_tokens, answers)) if self.needs_whole_answer else 0
+        if least > self.max_new_tokens:
+            return f"the shortest answer has {least} tokens; at most {self.max_new_tokens} are generated"
         return ""
 
     def builder(self, row: int, length: int) -> Build:
@@ -114,7 +138,10 @@ class OneDocument(RowsTask):
         )  # tokens that may arise at the seams
         if room < 1:
             return []
-        fitted = self.material.shorten(document, room)
+        try:
+            fitted = self.material.shorten(document, room)
+        except ValueError as error:
+            raise ValueError(f"{self.place(row)}: {error}") from error
         pieces = enumerate(self.shown(row, piece) for piece in fitted.pieces)
         details = {"document_tokens": fitted.num_tokens, "cuts": fitted.cuts}
         return [self.as_example(row, shown, {**details, "piece": number}) for number, shown in pieces]
@@ -151,6 +178,7 @@ class Summaries(OneDocument):
     score_name = "ROUGE-L"
     max_new_tokens = 256
     needs_question = False
+    needs_whole_answer = False
     default_question = "Summarize the text."
     prompt = (
         "Read the following text. Then follow the instruction, or answer the question, in a paragraph.\n\n{document}"

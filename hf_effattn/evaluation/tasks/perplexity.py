@@ -21,6 +21,7 @@ class PassageTask(Task):
 
     score_name = "perplexity"
     higher_is_better = False
+    has_cache = False
 
     def examples(self, length: int, number: int) -> list[Example]:
         starts = [match.start() for match in re.finditer(r"\S+", self.material.text)]
@@ -92,7 +93,11 @@ class Perplexity(PassageTask):
 @TASKS.register("perplexity_cached")
 class CachedPerplexity(Perplexity):
     """Perplexity of passages read through the cache, one token at a time: what decoding sees (StreamingLLM's way of
-    measuring, Xiao 2023, arXiv 2309.17453). It equals `perplexity`, or a cache is wrong."""
+    measuring, Xiao 2023, arXiv 2309.17453). It equals `perplexity`, or a cache is wrong; but an `eviction` acts only
+    here, and a passage longer than the model's positions is read on without windows."""
+
+    has_cache = True
+    reads_on = True
 
     def losses(self, subject: Subject, ids: torch.Tensor, longest: int) -> torch.Tensor:
         return subject.losses_through_cache(ids)
