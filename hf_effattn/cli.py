@@ -84,6 +84,7 @@ def make_app(loader: Loader = load, default_model: str | None = None) -> typer.T
         column: Annotated[
             list[str] | None, typer.Option(help="What a field is called there, as in question=q.")
         ] = None,
+        split: Annotated[str | None, typer.Option(help="Of documents that are a dataset with several.")] = None,
         join: Annotated[str | None, typer.Option(help="Where documents are, if rows name theirs by doc_id.")] = None,
         too_long: Annotated[str, typer.Option(help=f"Documents without room: {', '.join(TOO_LONG)}.")] = "skip",
         batch_size: Annotated[int, typer.Option(min=1, help="Rows that generate together.")] = 1,
@@ -102,7 +103,7 @@ def make_app(loader: Loader = load, default_model: str | None = None) -> typer.T
             _check_device(device)
             asked = [Variant.parse(each) for each in variant or []]
             columns = dict(_column(each) for each in column or [])
-            sources = Sources(tuple(text or []), documents, columns, join, too_long)
+            sources = Sources(tuple(text or []), documents, columns, split, join, too_long)
             names, sizes = _names(tasks), [_length(each) for each in _names(lengths)]
             for name in names:
                 TASKS.get(name)

@@ -10,6 +10,7 @@ from small import small_model, small_tokenizer
 from typer.testing import CliRunner
 
 from hf_effattn.cli import make_app
+from hf_effattn.evaluation.material import Sources
 
 TOKENIZER = small_tokenizer()
 
@@ -53,3 +54,19 @@ def test_ablations_of_nothing_are_an_error(tmp_path: Path) -> None:
     result = invoke("--ablate", "--variant", "sparse:window=24", "--out", str(tmp_path), loads=True)
     assert result.exit_code == 2
     assert "--ablate needs linear attention with a window" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_split_of_a_dataset_is_chosen(tmp_path: Path, split: str) -> None:
+    (tmp_path / "rows").mkdir()
+    for name in ("train", "test"):
+        row = f'{{"document": "Here is {name}.", "question": "What is here?", "answers": ["{name}"]}}\n'
+        (tmp_path / "rows" / f"{name}.jsonl").write_text(row)
+    rows = str(tmp_path / "rows")
+    material, _ = Sources(documents=rows, split=split).gather(TOKENIZER)
+    assert [row["document"] for row in material.documents] == [f"Here is {split}."]
+    asked = ["--tasks", "documents", "--number", "1", "--documents", rows, "--out", str(tmp_path / "out")]
+    assert invoke(*asked, "--split", split, loads=True).exit_code == 0
+    result = invoke(*asked, "--split", "dev", loads=True)
+    assert "train" in result.output
+    assert result.exit_code == 2

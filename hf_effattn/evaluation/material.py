@@ -44,6 +44,7 @@ class Sources:
             for `default_text`.
         documents: A file, folder or Hub id of rows with `document`, `question` and `answers`.
         columns: What these are called there.
+        split: Of a dataset of documents that has several.
         join: Where the documents are, if rows only have the `doc_id` of theirs.
         too_long: What becomes of documents longer than there is room for: "skip", "error", "truncate_middle",
             "truncate_end", or "slide" for an example of each piece.
@@ -52,6 +53,7 @@ class Sources:
     texts: Sequence[str] = ()
     documents: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
+    split: str | None = None
     join: str | None = None
     too_long: str = "skip"
 
@@ -70,7 +72,7 @@ class Sources:
         texts = self._texts()
         given = Rows()
         if self.documents is not None:
-            given = read_rows(self.documents, columns=self.columns, documents=self.join)
+            given = read_rows(self.documents, columns=self.columns, documents=self.join, split=self.split)
         documents = tuple(row | {"place": place} for row, place in zip(given.rows, given.places, strict=True))
         shorten = None if self.too_long == "skip" else partial(fit, tokenizer=tokenizer, how=self.too_long)
         text = "\n\n".join(row["document"] for row in texts.rows) if texts.rows else default_text()
