@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--config", default=str(Path(__file__).parent / "configs" / "recover.yaml"))
     parser.add_argument("--others", nargs="*", default=[], help="files or folders of other unseen texts")
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--windows", type=int, default=8, help="of each text")
+    parser.add_argument("--windows", type=int, default=6, help="of each text")
     parser.add_argument("changes", nargs="*", help="key=value of the config")
     options = parser.parse_args()
     config = read_config(DistillConfig, ["--config", options.config, *options.changes])
