@@ -140,7 +140,6 @@ def _run(
         + (" through the chat template" if settings.chat else ""),
         f"haystack and passages from {source}: numbers are comparable in kind with RULER's, not digit for digit",
         f"rows skipped: {len(skipped)}" + "".join(f"; {each.place}: {each.reason}" for each in skipped[:20]),
-        *material.notes,
         *results.notes,
     ]
     results = replace(results, against=against, title=f"Evaluation of {name}", notes=notes)

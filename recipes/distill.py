@@ -82,19 +82,11 @@ class Distillation:
         recovery.calibrate(self.student, self.teacher, batches)
 
     def transfer(self) -> Stage:
-        learned = [p for p in self.student.parameters() if p.requires_grad]
-        groups = [{"params": learned, "lr": self.config.transfer_lr}]
+        c = self.config
+        groups = [{"params": [p for p in self.student.parameters() if p.requires_grad], "lr": c.transfer_lr}]
         module = Transfer(self.student, self.teacher)
-        return Stage(
-            "transfer",
-            0,
-            self.config.transfer_steps,
-            module,
-            groups,
-            lambda m, ids: m(ids),
-            self.config.lengths[:1],
-            lambda step: self.config.transfer_window,
-        )
+        narrow, first = lambda step: c.transfer_window, c.lengths[:1]
+        return Stage("transfer", 0, c.transfer_steps, module, groups, lambda m, ids: m(ids), first, narrow)
 
     def distill(self) -> Stage:
         c = self.config

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
+from hf_effattn.integration import is_learned
 from hf_effattn.recovery import load_adapter, save_adapter
 
 LEARNED = "effattn.pt"
@@ -27,7 +28,7 @@ LEARNED = "effattn.pt"
 
 def learned(model: nn.Module) -> dict[str, torch.Tensor]:
     """Return the trained parameters of mechanisms."""
-    return {n: p.detach() for n, p in model.named_parameters() if ".effattn." in n and p.requires_grad}
+    return {n: p.detach() for n, p in model.named_parameters() if is_learned(n) and p.requires_grad}
 
 
 class AdapterTrainer(Trainer):

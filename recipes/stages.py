@@ -17,6 +17,7 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from hf_effattn.integration import is_learned
 from hf_effattn.recovery import Guard, narrowed
 from hf_effattn.targets import find_targets
 
@@ -110,12 +111,12 @@ def frozen_in_bf16(model: nn.Module) -> None:
     """Round the weights of a converted model to bfloat16, but for what mechanisms learn: nothing else is trained, and
     autocast would round them again in each step."""
     for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if ".effattn." in name else torch.bfloat16)
+        parameter.data = parameter.data.to(torch.float32 if is_learned(name) else torch.bfloat16)
 
 
 def groups_of(model: nn.Module, lora_lr: float, effattn_lr: float) -> list[dict[str, Any]]:
     """Return what is trained of `model` as groups of an optimizer: what mechanisms learn has a rate of its own."""
-    trained = [(".effattn." in name, p) for name, p in model.named_parameters() if p.requires_grad]
+    trained = [(is_learned(name), p) for name, p in model.named_parameters() if p.requires_grad]
     rates = ((False, lora_lr), (True, effattn_lr))
     groups = [{"params": [p for own, p in trained if own == side], "lr": rate} for side, rate in rates]
     return [group for group in groups if group["params"]]
@@ -134,6 +135,6 @@ def lora(model: Any, rank: int, alpha: int, mlp: bool = False, **options: Any) -
     settings = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, fan_in_fan_out=conv, **options)
     tuned = get_peft_model(model, settings)
     for name, parameter in tuned.named_parameters():
-        if ".effattn." in name and ".original_module." not in name:
+        if is_learned(name) and ".original_module." not in name:
             parameter.requires_grad_(True)
     return tuned

@@ -1,11 +1,11 @@
-"""Evaluation: likelihoods against plain ones, runs that go on, batches, variants, reports and the command line."""
+"""Evaluation: likelihoods against plain ones, runs that go on, batches, variants and reports."""
 
 from __future__ import annotations
 
 import copy
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,7 @@ from small import PROSE, small_model, small_tokenizer
 from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
-from hf_effattn.cli import make_app
 from hf_effattn.evaluation import TASKS, Example, Material, Settings, Subject, Variant, evaluate, markdown
 from hf_effattn.evaluation.material import Sources
 from hf_effattn.evaluation.plots import plots
@@ -426,56 +424,3 @@ def test_variants_are_read_as_typed(text: str, options: dict[str, Any]) -> None:
 def test_variants_that_make_no_sense_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="got"):
         Variant.parse(text)
-
-
-Run = Callable[..., Any]
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    def call(*arguments: str, converted: bool = False) -> Any:
-        def loader(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
-            net = small_model(TOKENIZER).to(dtype)
-            return (net.convert_attention("linear", window=16) if converted else net), TOKENIZER
-
-        options = ["--lengths", "256", "--number", "2", "--out", str(tmp_path)]
-        return CliRunner().invoke(make_app(loader), ["evaluate", "tiny", *options, *arguments])
-
-    return call
-
-
-def test_the_command_writes_report_results_and_plots(run: Run, tmp_path: Path) -> None:
-    (tmp_path / "prose.txt").write_text(PROSE)
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"document": "The cat sat.", "question": "Who sat?", "answers": ["The cat"]}\nnonsense\n')
-    arguments = ["--variant", "sparse:window=24", "--text", str(tmp_path / "prose.txt"), "--documents", str(rows)]
-    result = run("--tasks", "perplexity,passkey,documents", "--number", "1", *arguments)
-    assert result.exit_code == 0, result.output
-    report = (tmp_path / "report.md").read_text()
-    assert "rows skipped: 1" in report
-    assert "rows.jsonl" in report
-    assert {"results.jsonl", "scores.png", "costs.png", "positions.png"} <= {path.name for path in tmp_path.iterdir()}
-
-
-def test_a_converted_model_is_compared_with_its_dense_self(run: Run, tmp_path: Path) -> None:
-    result = run("--tasks", "perplexity", "--ablate", converted=True)
-    assert result.exit_code == 0, result.output
-    names = {json.loads(line)["variant"] for line in (tmp_path / RESULTS).read_text().splitlines()}
-    assert names == {"as given", "as given, window only", "as given, linear only", "dense"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--lengths", "1x"], "a length is a number of tokens such as 4096 or 4k; got '1x'"),
-        (["--dtype", "int8"], "unknown dtype 'int8'; valid: float32"),
-        (["--variant", "sparse:windows=3"], "windows"),
-        (["--against", "other"], "nothing called 'other' to compare with; valid: dense"),
-        (["--text", "missing.txt"], "missing.txt"),
-        (["--chat"], "no chat template"),
-    ],
-)
-def test_the_command_says_what_is_wrong(run: Run, arguments: list[str], message: str) -> None:
-    result = run(*arguments)
-    assert result.exit_code == 2
-    assert message in " ".join(result.output.split())

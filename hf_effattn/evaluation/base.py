@@ -45,6 +45,7 @@ class Material:
         documents: Rows with `document`, `question` and `answers`, for tasks about given documents.
         shorten: `(text, tokens) -> Fitted`, what becomes of a document that is too long; None to leave it out.
         overhead: Tokens that the chat template and the tokenizer add to a prompt; `evaluate` measures them.
+        notes: For the report: what was altered.
     """
 
     count_tokens: Callable[[str], int]
@@ -52,7 +53,8 @@ class Material:
     seed: int = 42
     documents: Sequence[dict[str, Any]] = ()
     shorten: Callable[[str, int], Fitted] | None = None
-    overhead: int = field(default=0, kw_only=True)
+    overhead: int = 0
+    notes: Sequence[str] = ()
 
 
 class Task:
@@ -67,7 +69,6 @@ class Task:
     score_name: ClassVar[str] = "score"  # of what a report shows
     higher_is_better: ClassVar[bool] = True
     fits_positions: ClassVar[bool] = True  # whether the model reads an example in one piece
-    reads_on: ClassVar[bool] = False  # whether it reads on beyond its positions
     has_cache: ClassVar[bool] = True  # whether it reads as it does while generating
 
     def __init__(self, material: Material) -> None:

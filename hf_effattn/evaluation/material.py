@@ -25,17 +25,6 @@ def default_text() -> str:
 
 
 @dataclass(frozen=True)
-class Gathered(Material):
-    """The material out of what users name.
-
-    Args:
-        notes: For the report: what was altered. What was skipped is not among them.
-    """
-
-    notes: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
 class Sources:
     """What users name.
 
@@ -61,7 +50,7 @@ class Sources:
         if self.too_long not in TOO_LONG:
             raise ValueError(f"unknown way to treat documents that are too long {self.too_long!r}; valid: {TOO_LONG}")
 
-    def gather(self, tokenizer: PreTrainedTokenizerBase, seed: int = 42) -> tuple[Gathered, list[Skipped]]:
+    def gather(self, tokenizer: PreTrainedTokenizerBase, seed: int = 42) -> tuple[Material, list[Skipped]]:
         """Return the material of tasks for the tokenizer, and the rows and texts that were skipped. The documents have
         a `place`, which tells file and line.
 
@@ -81,9 +70,7 @@ class Sources:
         if altered:
             count = counted(len(altered), "document")
             notes.append(f"{count} had control characters, which became spaces; the first: {altered[0]}")
-        material = Gathered(
-            partial(count_tokens, tokenizer), text, seed, documents=documents, shorten=shorten, notes=notes
-        )
+        material = Material(partial(count_tokens, tokenizer), text, seed, documents, shorten, notes=notes)
         return material, texts.skipped + given.skipped
 
     def _texts(self) -> Rows:

@@ -102,7 +102,7 @@ def evaluate(
     store = _Store(folder, identity)
     names = [variant.name for variant in settings.variants]
     wanted = {(v, w.name, w.length, i) for v in names for w in works for i in range(len(w.examples))}
-    store.settings["notes"] = [*sorted({note for work in works for note in work.task.notes}), *notes]
+    store.settings["notes"] = [*material.notes, *sorted({note for work in works for note in work.task.notes}), *notes]
     store.agrees(works)
     store.has_same_adapters(settings.variants)
     total = sum(key[2] for key in wanted)
@@ -150,7 +150,8 @@ def _check(model: PreTrainedModel, settings: Settings) -> list[str]:
     positions = getattr(model.config, "max_position_embeddings", None)
     beyond = bool(positions and max(settings.lengths) > positions)
     whole = [name for name in settings.tasks if TASKS.get(name).fits_positions]
-    reading_on = [name for name in settings.tasks if TASKS.get(name).reads_on] if beyond else []
+    in_steps = [name for name in settings.tasks if TASKS.get(name).has_cache and name not in whole]
+    reading_on = in_steps if beyond else []
     if reading_on and _has_learned_positions(model):
         whole += reading_on
     elif reading_on:

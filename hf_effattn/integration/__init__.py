@@ -8,6 +8,7 @@ from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, STATIC_LAYER_TY
 from ..cache import EffAttnCacheLayer, StaticEffAttnCacheLayer
 from .attention import NAME, effattn_attention
 from .binding import attach, default_implementation, detach, is_attached
+from .checkpoints import is_learned
 from .classes import FORMAT_VERSION, LAYER_TYPE, register_config, set_builder
 from .masks import effattn_mask
 from .natives import FULL, SLIDING, NativeLayer, native_layers
@@ -28,6 +29,7 @@ __all__ = [
     "effattn_attention",
     "guard_positions",
     "is_attached",
+    "is_learned",
     "native_layers",
     "register",
     "register_config",

@@ -10,6 +10,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 TYPE_PREFIX = "effattn_"  # of the model type of converted models
 
 
+def is_learned(key: str) -> bool:
+    """Whether `key` names a parameter of a mechanism, in a state dict of the model or of what PEFT made of it."""
+    return ".effattn." in key
+
+
 def check_keys(model: PreTrainedModel, path: Any, info: dict[str, Any], kwargs: dict[str, Any]) -> None:
     """Raise for missing or unexpected parameters of mechanisms, unless the checkpoint is that of a softmax model, or
     lacks the other parameters of their layers too (of which transformers warns).
@@ -18,10 +23,10 @@ def check_keys(model: PreTrainedModel, path: Any, info: dict[str, Any], kwargs: 
         info: What transformers tells of the loading: `missing_keys` and `unexpected_keys`.
         kwargs: Arguments of `from_pretrained`.
     """
-    unexpected = sorted(key for key in info["unexpected_keys"] if ".effattn." in key)
+    unexpected = sorted(key for key in info["unexpected_keys"] if is_learned(key))
     if unexpected:
         raise ValueError(f"the checkpoint {path} has parameters its config does not know: {', '.join(unexpected)}")
-    missing = sorted(key for key in info["missing_keys"] if ".effattn." in key)
+    missing = sorted(key for key in info["missing_keys"] if is_learned(key))
     if missing and path is not None and _is_converted_checkpoint(path, kwargs):
         loaded = model.state_dict().keys() - set(info["missing_keys"])
         missing = [key for key in missing if any(other.startswith(key.partition("effattn.")[0]) for other in loaded)]

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..integration import FORMAT_VERSION as CONVERSION_VERSION
+from ..integration import is_learned
 
 Tensors = dict[str, torch.Tensor]
 FORMAT_VERSION = 1
@@ -83,11 +84,6 @@ class Saved(NamedTuple):
         mixed = [name for name, digest in self.description["sha256"].items() if found[name] != digest]
         if mixed:
             raise ValueError(f"{self.folder / mixed[0]} is not the one that was saved with {DESCRIPTION}; save again")
-
-
-def is_learned(key: str) -> bool:
-    """Whether `key` names a parameter of a mechanism."""
-    return ".effattn." in key
 
 
 def write(folder: Path, description: dict[str, Any], own: Tensors, peft: Tensors, config: PeftConfig | None) -> None:

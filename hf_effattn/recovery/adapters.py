@@ -21,7 +21,7 @@ from ..attention import HeadGeometry
 from ..convert import build_converted, revert_attention
 from ..integration.checkpoints import TYPE_PREFIX
 from ..targets import Targets, choose_layers, find_targets, refuse_offloaded
-from .adapter_files import FILES, PEFT_PREFIX, PEFT_WEIGHTS, WEIGHTS, Saved, Tensors, is_learned, local, read, write
+from .adapter_files import FILES, PEFT_PREFIX, PEFT_WEIGHTS, WEIGHTS, Saved, Tensors, local, read, write
 
 
 def save_adapter(model: PreTrainedModel | PeftModel, folder: str | Path, base: str | None = None) -> None:
@@ -84,7 +84,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = F
         state[key].copy_(value)
     loaded = model if saved.peft is None else _wrapped(model, saved.folder, saved.peft, trainable)
     for name, parameter in loaded.named_parameters():
-        if is_learned(name):
+        if integration.is_learned(name):
             parameter.requires_grad_(trainable and ".original_module." not in name)
     return loaded
 
@@ -167,7 +167,7 @@ def _own_parameters(model: PreTrainedModel, peft: Tensors) -> Tensors:
 
 
 def _learned(model: PreTrainedModel) -> Tensors:
-    return {key: value for key, value in model.state_dict().items() if is_learned(key)}
+    return {key: value for key, value in model.state_dict().items() if integration.is_learned(key)}
 
 
 def _describe(model: PreTrainedModel, targets: Targets, base: str | None) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..attention import Mechanism
 from ..convert import carries_adapter, revert_attention
+from ..integration import is_learned
 from ..targets import find_targets
 
 
@@ -28,7 +29,7 @@ def shared_teacher(model: PreTrainedModel) -> PreTrainedModel:
     if carries_adapter(model):
         raise ValueError("the model carries an adapter; make the teacher first")
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".effattn." in name)
+        parameter.requires_grad_(is_learned(name))
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     twin = copy.deepcopy(model, shared)
     return revert_attention(twin).eval()

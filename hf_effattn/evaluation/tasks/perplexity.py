@@ -97,7 +97,6 @@ class CachedPerplexity(Perplexity):
     here, and a passage longer than the model's positions is read on without windows."""
 
     has_cache = True
-    reads_on = True
 
     def losses(self, subject: Subject, ids: torch.Tensor, longest: int) -> torch.Tensor:
         return subject.losses_through_cache(ids)
