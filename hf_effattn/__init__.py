@@ -4,6 +4,8 @@ Importing this package gives `PreTrainedModel` three methods, `convert_attention
 `attention_report`, and enters names of its own into transformers' tables. No existing model changes.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from transformers import PreTrainedModel
 
 from . import integration
@@ -12,13 +14,18 @@ from .convert import convert_attention, register_architectures, revert_attention
 from .report import attention_report
 from .targets import supported_models
 
+if TYPE_CHECKING:
+    from .planning import Plan, plan
+
 __version__ = "0.1.0"
 
 __all__ = [
     "LinearConfig",
+    "Plan",
     "SparseConfig",
     "attention_report",
     "convert_attention",
+    "plan",
     "revert_attention",
     "supported_models",
 ]
@@ -28,3 +35,12 @@ register_architectures()
 PreTrainedModel.convert_attention = convert_attention  # type: ignore[attr-defined]
 PreTrainedModel.revert_attention = revert_attention  # type: ignore[attr-defined]
 PreTrainedModel.attention_report = attention_report  # type: ignore[attr-defined]
+
+
+def __getattr__(name: str) -> Any:
+    """Import planning when it is asked for: it needs packages that conversion does not."""
+    if name in ("Plan", "plan"):
+        from . import planning
+
+        return getattr(planning, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from . import integration
 from .architectures import ARCHITECTURES, find_rotation, find_undo, head_counts
 from .attention import HeadGeometry, Mechanism, make_mechanism
-from .config import MechanismConfig, config_from_dict, make_config
+from .config import LayerConfigs, MechanismConfig, config_from_dict, make_config
 from .targets import Targets, choose_layers, find_targets, position_embeddings, refuse_offloaded
 
 logger = logging.getLogger(__name__)
@@ -21,7 +21,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 def convert_attention(
     model: Model,
-    mechanism: str | MechanismConfig,
+    mechanism: str | MechanismConfig | LayerConfigs,
     *,
     layers: Iterable[int] | None = None,
     keep_softmax: Iterable[int] | None = None,
@@ -34,7 +34,7 @@ def convert_attention(
 
     Args:
         model: A transformers model of a supported family.
-        mechanism: "linear" or "sparse", or a `LinearConfig` or `SparseConfig`.
+        mechanism: "linear" or "sparse", a `LinearConfig` or `SparseConfig`, or a plan, which says it for each layer.
         layers: Indices of the layers to convert, negative ones from the end; None for all of full attention (where a
             model has none, for all with a window of their own). The window of a converted layer replaces its own.
         keep_softmax: Indices of layers to leave as they are, all others being converted. Not together with `layers`.
@@ -46,19 +46,27 @@ def convert_attention(
     Raises:
         TypeError: if `model` is no transformers model, or an option has the wrong type.
         ValueError: for an unknown mechanism, option or value, layers out of range, and models that cannot be
-            converted: unsupported families, cross-attention, offloaded weights. The model is then as it was.
+            converted: unsupported families, cross-attention, offloaded weights; for a plan of another model, or with
+            options beside it. The model is then as it was.
     """
     targets = find_targets(model)
     refuse_offloaded(model)
-    config = make_config(mechanism, options)
-    chosen = choose_layers(targets, layers, keep_softmax)
-    configs = {index: config.for_layer(index) for index in chosen}
-    made = {index: _make(configs[index], targets, index, model) for index in chosen}
+    plan = mechanism if isinstance(mechanism, LayerConfigs) else None
+    if plan is not None:
+        found = _planned(model, targets, plan, {"layers": layers, "keep_softmax": keep_softmax, **options})
+    else:
+        config = make_config(mechanism, options)  # type: ignore[arg-type]
+        found = dict.fromkeys(choose_layers(targets, layers, keep_softmax), config)
+    configs = {index: config.for_layer(index) for index, config in found.items()}
+    made = {index: _make(configs[index], targets, index, model) for index in configs}
     _freeze_under_peft(model, made)
     integration.become_converted(model)
+    model.config.effattn.pop("plan", None)
     for index, new in made.items():
         _attach(targets, index, new)
         model.config.effattn["layers"][index] = configs[index].to_dict()
+    if plan is not None:
+        model.config.effattn["plan"] = plan.to_dict()
     _finish(model, targets)
     return model
 
@@ -98,6 +106,24 @@ def build_converted(model: PreTrainedModel) -> None:
         if spec:
             _attach(targets, index, _make(config_from_dict(spec), targets, index, model))
     _finish(model, targets)
+
+
+def _planned(
+    model: PreTrainedModel, targets: Targets, plan: LayerConfigs, others: dict[str, Any]
+) -> dict[int, MechanismConfig]:
+    """Return the configs of the layers that a plan converts, once it is known to be for such a model."""
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise ValueError(f"{given[0]} does not go with a plan, which says all")
+    if any(hasattr(module, "effattn") for module in targets.modules.values()):
+        raise ValueError("the model is converted already, and a plan says what becomes of all layers; revert it first")
+    if plan.num_layers != len(targets.natives):
+        raise ValueError(f"the plan is for a model of {plan.num_layers} layers; this one has {len(targets.natives)}")
+    configs = plan.configs()
+    if not configs:
+        raise ValueError("the plan leaves all layers as they are")
+    choose_layers(targets, configs, None)
+    return configs
 
 
 def _attach(targets: Targets, index: int, mechanism: Mechanism) -> None:

@@ -1,67 +1,26 @@
-"""The command line: `effattn evaluate MODEL ...`."""
+"""`effattn evaluate`: variants of a model on long examples, side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-try:
-    import typer
-    from rich.console import Console
-    from rich.markdown import Markdown
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.text import Text
-except ImportError as error:
-    raise ImportError("the command line needs typer and rich: pip install hf_effattn[eval]") from error
-
-from .evaluation import TASKS, Settings, Variant, evaluate, markdown
-from .evaluation.material import TOO_LONG, Sources
-from .evaluation.plots import plots
-from .evaluation.variants import ADAPTER, DENSE, is_converted
-from .plotting import new_figure
-from .targets import supported_models
-
-Loader = Callable[[str, torch.dtype, str], tuple[Any, Any]]
-DTYPES = ("float32", "bfloat16", "float16")
-errors = Console(stderr=True)
+from ..evaluation import TASKS, Settings, Variant, evaluate, markdown
+from ..evaluation.material import TOO_LONG, Sources
+from ..evaluation.plots import plots
+from ..evaluation.variants import ADAPTER, DENSE, is_converted
+from ..plotting import new_figure
+from .common import DTYPES, Loader, check_device, check_dtype, length_of, told_plainly
 
 
-def load(name: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
-    """Load a model, converted ones as they were saved, and its tokenizer, from the Hub or a folder."""
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    return model.to(device), AutoTokenizer.from_pretrained(name)  # type: ignore[arg-type]
-
-
-def make_app(loader: Loader = load, default_model: str | None = None) -> typer.Typer:
-    """Return the application.
-
-    Args:
-        loader: What gives a model and a tokenizer for a name, a dtype and a device.
-        default_model: The model if none is named; None to ask for one.
-    """
-    app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-
-    @app.callback()
-    def group() -> None:
-        """Linear and sparse attention for pretrained transformers models."""
-
-    @app.command("models")
-    def models() -> None:
-        """List the model types that can be converted."""
-        typer.echo("\n".join(supported_models()))
+def add(app: typer.Typer, loader: Loader, default_model: str | None) -> None:
+    """Add the command to an application."""
 
     @app.command("evaluate")
     def evaluate_command(
@@ -97,21 +56,18 @@ def make_app(loader: Loader = load, default_model: str | None = None) -> typer.T
         ),
     ) -> None:
         """Compare variants of a model on long examples, dense and converted side by side."""
-        with _told_plainly():
-            if dtype not in DTYPES:
-                raise ValueError(f"unknown dtype {dtype!r}; valid: {', '.join(DTYPES)}")
-            _check_device(device)
+        with told_plainly():
+            kind = check_dtype(dtype)
+            check_device(device)
             asked = [Variant.parse(each) for each in variant or []]
             columns = dict(_column(each) for each in column or [])
             sources = Sources(tuple(text or []), documents, columns, split, join, too_long)
-            names, sizes = _names(tasks), [_length(each) for each in _names(lengths)]
+            names, sizes = _names(tasks), [length_of(each) for each in _names(lengths)]
             for name in names:
                 TASKS.get(name)
-            net, tokenizer = loader(model, getattr(torch, dtype), device)
+            net, tokenizer = loader(model, kind, device)
             settings = Settings(names, sizes, number, _variants(net, asked, against, ablate), batch_size, chat, seed)
             _run(net, tokenizer, settings, against, model, sources, out)
-
-    return app
 
 
 def _run(
@@ -176,32 +132,3 @@ def _column(text: str) -> tuple[str, str]:
     if not equals:
         raise ValueError(f"a column is given as ours=theirs, such as question=query; got {text!r}")
     return ours.strip(), theirs.strip()
-
-
-def _length(text: str) -> int:
-    """Read a number of tokens as users write it: 4096, 4k."""
-    digits, factor = (text[:-1], 1024) if text.lower().endswith("k") else (text, 1)
-    if not digits.isdecimal():
-        raise ValueError(f"a length is a number of tokens such as 4096 or 4k; got {text!r}")
-    return int(digits) * factor
-
-
-def _check_device(name: str) -> None:
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"the device {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-
-
-@contextmanager
-def _told_plainly() -> Iterator[None]:
-    """Tell what users can put right without a traceback."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        errors.print(Text.assemble(("error:", "red"), f" {error}"))
-        raise typer.Exit(2) from error
-
-
-def main() -> None:
-    make_app()()

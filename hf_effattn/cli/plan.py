@@ -1,0 +1,70 @@
+"""`effattn plan`: which layer of a model gets which attention."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..evaluation.variants import Variant
+from ..planning import plan
+from ..plotting import new_figure
+from .common import DTYPES, Loader, check_device, check_dtype, length_of, told_plainly
+
+
+def add(app: typer.Typer, loader: Loader, default_model: str | None) -> None:
+    """Add the command to an application."""
+
+    @app.command("plan")
+    def plan_command(
+        model: Annotated[str, typer.Argument(help="A Hub id or a folder.")] = default_model or ...,  # type: ignore[assignment]
+        documents: Annotated[str, typer.Option(help="A file, folder or dataset of long documents.")] = ...,  # type: ignore[assignment]
+        budget: Annotated[
+            str, typer.Option(help="Such as 25% of the dense cache, 40MB, or 30 tokens/s of decoding.")
+        ] = "25%",
+        context_length: Annotated[str, typer.Option(help="Tokens, as in 8k.")] = "8k",
+        candidate: Annotated[
+            list[str] | None,
+            typer.Option(help="As in sparse:window=512,num_sinks=4; may be given several times. Dense is always one."),
+        ] = None,
+        number: Annotated[int, typer.Option(min=1, help="Calibration texts.")] = 2,
+        recall_weight: Annotated[
+            float, typer.Option(min=0.0, help="Of a nat of recall beside one of text.")
+        ] = 0.02,
+        rounds: Annotated[int, typer.Option(min=1, help="How often all changes are measured.")] = 2,
+        seed: Annotated[int, typer.Option(help="Of what is hidden in the texts.")] = 42,
+        dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bfloat16",
+        device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
+        out: Annotated[
+            Path, typer.Option(help="Folder for plan.json and measurements; a run that was killed goes on from it.")
+        ] = Path("plan_output"),
+    ) -> None:
+        """Choose the attention of each layer so that a budget is kept and as little as possible is lost."""
+        with told_plainly():
+            kind, length = check_dtype(dtype), length_of(context_length)
+            check_device(device)
+            for each in candidate or []:
+                Variant.parse(each)
+            new_figure()  # rather now than after an hour, if there is no matplotlib
+            net, tokenizer = loader(model, kind, device)
+            logging.getLogger("hf_effattn.planning").setLevel(logging.INFO)
+            found = plan(
+                net,
+                documents,
+                budget,
+                length,
+                candidate,
+                tokenizer=tokenizer,
+                number=number,
+                recall_weight=recall_weight,
+                rounds=rounds,
+                out=out,
+                seed=seed,
+            )
+            found.save(out / "plan.json")
+            found.plot(out / "plan.png")
+            Console().print(str(found), markup=False, highlight=False, soft_wrap=True)
+            typer.echo(f"written: {out / 'plan.json'}, plan.png; model.convert_attention(Plan.load(...)) does it")

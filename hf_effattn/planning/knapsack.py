@@ -1,0 +1,54 @@
+"""The choice of one candidate a layer under a limit: a multiple-choice knapsack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+STEPS = 20_000  # into which the limit is divided; prices are rounded up, so that it is never exceeded
+
+
+def choose(costs: Sequence[Sequence[float]], prices: Sequence[Sequence[float]], limit: float) -> list[int] | None:
+    """Return the candidate of each layer with which the sum of costs is least and that of prices within the limit.
+
+    Dynamic programming over layers and spent parts of the limit; of equal sums the cheaper one wins. Prices are rounded
+    up to a 20,000th of the limit: what fits by less may be missed, what is chosen fits. It is an optimum of a sum, so
+    it is as right as costs of layers add up.
+
+    Args:
+        costs: Of each layer and candidate.
+        prices: Likewise; none negative.
+        limit: The most that all prices may add up to.
+
+    Returns:
+        Indices of candidates; None if even the cheapest ones are too much.
+    """
+    unit = limit / STEPS if limit > 0 else 1.0
+    best = torch.zeros(STEPS + 1, dtype=torch.float64)  # least cost with at most so much spent
+    chosen = []
+    for layer_costs, layer_prices in zip(costs, prices, strict=True):
+        found = []
+        for cost, price in zip(layer_costs, layer_prices, strict=True):
+            spent = _steps(price, unit)
+            row = torch.full_like(best, torch.inf)
+            if spent <= STEPS:
+                row[spent:] = best[: STEPS + 1 - spent] + cost
+            found.append(row)
+        best, index = torch.stack(found).min(dim=0)
+        chosen.append(index)
+    if not torch.isfinite(best[-1]):
+        return None
+    left = int((best == best[-1]).nonzero()[0])
+    result = []
+    for layer, index in reversed(list(enumerate(chosen))):
+        candidate = int(index[left])
+        left -= _steps(prices[layer][candidate], unit)
+        result.append(candidate)
+    return result[::-1]
+
+
+def _steps(price: float, unit: float) -> int:
+    # A price that is a whole number of steps but for rounding is that number.
+    steps = price / unit
+    return round(steps) if abs(steps - round(steps)) < 1e-6 else int(steps) + 1

@@ -1,0 +1,201 @@
+"""A plan: what becomes of each layer, what that costs, and what was measured to find it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..config import MechanismConfig, config_from_dict
+from .budget import Budget
+from .knapsack import choose
+
+PLAN, DENSE = "this plan", "dense"
+
+
+class Loss(NamedTuple):
+    """Losses of a model on the calibration texts, in nats a token.
+
+    Args:
+        text: Of the documents.
+        recall: Of the answers to questions about what was hidden in them.
+    """
+
+    text: float
+    recall: float
+
+    def total(self, recall_weight: float) -> float:
+        return self.text + recall_weight * self.recall
+
+
+@dataclass(frozen=True)
+class LayerChoice:
+    """One layer and what was measured of it.
+
+    Args:
+        index: The layer.
+        choice: Name of its candidate.
+        prices: Of each candidate in the unit of the budget.
+        costs: Of each candidate: nats a token, weighted recall included, that the model loses if this layer alone is
+            changed to it where the measuring began.
+    """
+
+    index: int
+    choice: str
+    prices: dict[str, float]
+    costs: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of each layer of a model; `convert_attention(plan)` does it. `print` shows it as a table.
+
+    Args:
+        model_type, num_layers: Of the model it was made for.
+        context_length: Tokens at which all was measured.
+        budget: The limit.
+        fixed_price: What layers cost that cannot be converted.
+        candidates: By name, the configs as JSON-able data; None for a layer left as it is.
+        layers: Each layer that can be converted.
+        start: The loss, recall weighted, of the model around which the costs were measured.
+        recall_weight: What a nat of recall counts for.
+        measured: Losses of the dense model, of each candidate in all layers, and of the plan ("this plan").
+    """
+
+    model_type: str
+    num_layers: int
+    context_length: int
+    budget: Budget
+    fixed_price: float
+    candidates: dict[str, dict[str, Any] | None]
+    layers: tuple[LayerChoice, ...]
+    start: float
+    recall_weight: float
+    measured: dict[str, Loss]
+
+    @property
+    def price(self) -> float:
+        """What the plan costs, in the unit of the budget."""
+        return self.fixed_price + sum(layer.prices[layer.choice] for layer in self.layers)
+
+    @property
+    def predicted(self) -> float:
+        """The loss, recall weighted, if what single layers lose adds up."""
+        return self.start + sum(layer.costs[layer.choice] for layer in self.layers)
+
+    def configs(self) -> dict[int, MechanismConfig]:
+        """Return the config of each layer that is converted."""
+        specs = {layer.index: self.candidates[layer.choice] for layer in self.layers}
+        return {index: config_from_dict(spec) for index, spec in specs.items() if spec is not None}
+
+    def for_budget(self, budget: str | int | Budget) -> Plan:
+        """Return the plan for another budget of the same unit, from the same measurements; its own loss is predicted
+        only.
+
+        Raises:
+            ValueError: for a budget that no choice keeps, or of another unit.
+        """
+        dense = self.fixed_price + sum(layer.prices[DENSE] for layer in self.layers)
+        wanted = Budget.parse(budget, round(dense))
+        if wanted.unit != self.budget.unit:
+            raise ValueError(f"the prices of this plan are in {self.budget.unit}; plan again for {wanted.unit}")
+        names = list(self.candidates)
+        costs, prices = ([[row[n] for n in names] for row in rows] for rows in self._tables())
+        found = choose(costs, prices, wanted.limit - self.fixed_price)
+        if found is None:
+            least = self.fixed_price + sum(min(layer.prices.values()) for layer in self.layers)
+            raise ValueError(
+                f"the budget of {wanted.show(wanted.limit)} cannot be kept: the cheapest candidates need "
+                f"{wanted.show(least)}; raise it, or give cheaper candidates"
+            )
+        layers = tuple(replace(x, choice=names[i]) for x, i in zip(self.layers, found, strict=True))
+        measured = {name: loss for name, loss in self.measured.items() if name != PLAN}
+        return replace(self, budget=wanted, layers=layers, measured=measured)
+
+    def total(self, name: str) -> float:
+        """Return a measured loss, recall weighted."""
+        return self.measured[name].total(self.recall_weight)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON-able data."""
+        data = asdict(self)
+        data["measured"] = {name: loss._asdict() for name, loss in self.measured.items()}
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Plan:
+        """Read back what `to_dict` wrote."""
+        return cls(
+            **data
+            | {
+                "budget": Budget(**data["budget"]),
+                "layers": tuple(LayerChoice(**layer) for layer in data["layers"]),
+                "measured": {name: Loss(**loss) for name, loss in data["measured"].items()},
+            }
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan that `save` wrote.
+
+        Raises:
+            ValueError: if the file holds none.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} holds no plan: {error}") from error
+
+    def plot(self, path: str | Path | None = None) -> Any:
+        """Draw the prices and losses that budgets have, and the map of the layers; return the figure of matplotlib.
+
+        Args:
+            path: Where to write it as a PNG.
+
+        Raises:
+            ImportError: without matplotlib, which the extra `plots` installs.
+        """
+        from .drawing import draw
+
+        figure = draw(self)
+        if path is not None:
+            figure.savefig(path, dpi=120)
+        return figure
+
+    def __str__(self) -> str:
+        rows = [("layer", "attention", "price", "loses [nats/token]")]
+        for layer in self.layers:
+            cost = layer.costs[layer.choice] - layer.costs.get(DENSE, 0.0)
+            rows.append((str(layer.index), layer.choice, self._price(layer.prices[layer.choice]), f"{cost:+.5f}"))
+        rows.append(("all", "", self._price(self.price), ""))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        table = [
+            f"{a:>{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}".rstrip() for a, b, c, d in rows
+        ]
+        return "\n".join([*table, "", *self._summary()])
+
+    def _tables(self) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+        return [layer.costs for layer in self.layers], [layer.prices for layer in self.layers]
+
+    def _price(self, price: float) -> str:
+        return f"{price:,.0f} B" if self.budget.unit == "bytes" else f"{1e3 * price:,.2f} ms"
+
+    def _summary(self) -> list[str]:
+        lines = [
+            f"{self.model_type}, {self.context_length:,} tokens, budget {self.budget.show(self.budget.limit)}, "
+            f"spent {self.budget.show(self.price)}"
+        ]
+        for name, loss in self.measured.items():
+            ratio = math.exp(loss.text - self.measured[DENSE].text)
+            lines.append(f"{name}: perplexity {math.exp(loss.text):.3f} ({ratio:.4f}x), recall {loss.recall:.3f} nats")
+        more = self.predicted - self.total(DENSE)
+        told = f"predicted to lose {more:.5f} nats a token, recall counted {self.recall_weight:g}"
+        if PLAN in self.measured:
+            told += f"; measured {self.total(PLAN) - self.total(DENSE):.5f}"
+        return [*lines, told]

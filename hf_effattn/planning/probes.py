@@ -1,0 +1,133 @@
+"""Calibration texts: documents as long as the context, with something hidden in them that is asked for at the end."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..evaluation.documents import read_rows
+from ..evaluation.haystack import keys, numbers
+
+DEPTHS = (0.05, 0.25, 0.45, 0.65)  # of the needles: far enough from the end that windows do not reach them
+DIGITS = 5
+NEARBY = 64  # tokens among which a place between sentences or lines is looked for
+NEEDLE = " The secret number of the {key} is {value}. Remember it."
+QUESTION = "\n\nWhat is the secret number of the {key}? The secret number of the {key} is"
+
+
+class Probe(NamedTuple):
+    """One calibration text.
+
+    Args:
+        ids: Its tokens `[T + 1]`.
+        is_text, is_answer: Which of the last T are of the document, and of answers to what was hidden in it `[T]`.
+    """
+
+    ids: torch.Tensor
+    is_text: torch.Tensor
+    is_answer: torch.Tensor
+
+
+def make_probes(
+    documents: str | Path | Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    number: int,
+    seed: int,
+) -> list[Probe]:
+    """Return calibration texts of `context_length` + 1 tokens, each of one document.
+
+    Args:
+        documents: A file, folder or dataset (see `read_rows`), or texts. The longest ones are taken.
+        number: Of calibration texts; if there are fewer long documents, several are of the same.
+
+    Raises:
+        ValueError: if no document is long enough; the message has the longest.
+    """
+    texts = _texts(documents)
+    length = context_length + 1
+    tokens = sorted(tokenizer(texts, add_special_tokens=False, verbose=False).input_ids, key=len, reverse=True)
+    chance = random.Random(f"plan/{seed}")
+    first = _start(tokenizer)
+    whole = [_questions(tokenizer, chance) for _ in range(number)]
+    rooms = [length - len(first) - sum(len(x) for x in (*needles, *asked)) for needles, asked in whole]
+    if min(rooms) < length // 2:
+        raise ValueError(f"a context of {context_length} tokens has no room for a text and questions; use a longer one")
+    places = [(ids, at) for at in range(number) for ids in tokens if len(ids) >= (at + 1) * max(rooms)]
+    if not places:
+        raise ValueError(
+            f"no document is long enough for a context of {context_length:,} tokens: the longest of {len(tokens)} has "
+            f"{len(tokens[0]):,}, and {max(rooms):,} are needed; give longer documents or a smaller context_length"
+        )
+    if len(places) < number:
+        raise ValueError(
+            f"the documents have {len(places)} stretches of {max(rooms):,} tokens; {number} are asked for: give more "
+            "documents, or a smaller number"
+        )
+    return [
+        _assembled(tokenizer, first, ids[at * room : (at + 1) * room], *questions)
+        for (ids, at), room, questions in zip(places, rooms, whole, strict=False)
+    ]
+
+
+def _texts(documents: str | Path | Sequence[str]) -> list[str]:
+    if isinstance(documents, (str, Path)):
+        return [row["document"] for row in read_rows(documents).rows]
+    texts = list(documents)
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise TypeError(f"documents are a file, a folder, a dataset, or a list of texts; got {documents!r:.80}")
+    return texts
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    first = tokenizer("a").input_ids[0]
+    return [first] if first == tokenizer.bos_token_id else []
+
+
+def _questions(tokenizer: PreTrainedTokenizerBase, chance: random.Random) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the tokens of needles, and of questions and answers in turn, in another order."""
+    pairs = list(zip(keys(chance).first(len(DEPTHS)), numbers(chance, DIGITS).first(len(DEPTHS)), strict=True))
+    needles = [NEEDLE.format(key=key.replace("-", " "), value=value) for key, value in pairs]
+    chance.shuffle(pairs)
+    asked = [x for key, value in pairs for x in (QUESTION.format(key=key.replace("-", " ")), f" {value}")]
+    return _encoded(tokenizer, needles), _encoded(tokenizer, asked)
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
+
+
+def _assembled(
+    tokenizer: PreTrainedTokenizerBase,
+    first: list[int],
+    text: list[int],
+    needles: list[list[int]],
+    asked: list[list[int]],
+) -> Probe:
+    ids, kinds = list(first), [0] * len(first)  # 1: of the document, 2: of an answer
+    done = 0
+    for needle, depth in zip(needles, DEPTHS, strict=True):
+        place = _between(tokenizer, text, int(depth * len(text)))
+        ids += text[done:place] + needle
+        kinds += [1] * (place - done) + [0] * len(needle)
+        done = place
+    ids += text[done:]
+    kinds += [1] * (len(text) - done)
+    for number, part in enumerate(asked):
+        ids += part
+        kinds += [2 * (number % 2)] * len(part)
+    marks = torch.tensor(kinds[1:])
+    return Probe(torch.tensor(ids), marks == 1, marks == 2)
+
+
+def _between(tokenizer: PreTrainedTokenizerBase, text: list[int], place: int) -> int:
+    """Return the first place from `place` on that is behind the end of a sentence or a line, or `place` itself."""
+    for near in range(place, min(place + NEARBY, len(text))):
+        if near and str(tokenizer.decode(text[near - 1])).rstrip(" ").endswith((".", "!", "?", "\n")):
+            return near
+    return place
