@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 from . import integration
 from .config import LinearConfig, SparseConfig
 from .convert import convert_attention, register_architectures, revert_attention
+from .plans import Plan
 from .report import attention_report
 from .targets import supported_models
 
 if TYPE_CHECKING:
-    from .planning import Plan, plan
+    from .planning import plan
 
 __version__ = "0.1.0"
 
@@ -39,8 +40,8 @@ PreTrainedModel.attention_report = attention_report  # type: ignore[attr-defined
 
 def __getattr__(name: str) -> Any:
     """Import planning when it is asked for: it needs packages that conversion does not."""
-    if name in ("Plan", "plan"):
-        from . import planning
+    if name == "plan":
+        from .planning import plan
 
-        return getattr(planning, name)
+        return plan
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from . import integration
 from .architectures import ARCHITECTURES, find_rotation, find_undo, head_counts
 from .attention import HeadGeometry, Mechanism, make_mechanism
-from .config import LayerConfigs, MechanismConfig, config_from_dict, make_config
+from .config import MechanismConfig, config_from_dict, make_config
+from .plans import Plan
 from .targets import Targets, choose_layers, find_targets, position_embeddings, refuse_offloaded
 
 logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 def convert_attention(
     model: Model,
-    mechanism: str | MechanismConfig | LayerConfigs,
+    mechanism: str | MechanismConfig | Plan,
     *,
     layers: Iterable[int] | None = None,
     keep_softmax: Iterable[int] | None = None,
@@ -51,7 +52,7 @@ def convert_attention(
     """
     targets = find_targets(model)
     refuse_offloaded(model)
-    plan = mechanism if isinstance(mechanism, LayerConfigs) else None
+    plan = mechanism if isinstance(mechanism, Plan) else None
     if plan is not None:
         found = _planned(model, targets, plan, {"layers": layers, "keep_softmax": keep_softmax, **options})
     else:
@@ -109,7 +110,7 @@ def build_converted(model: PreTrainedModel) -> None:
 
 
 def _planned(
-    model: PreTrainedModel, targets: Targets, plan: LayerConfigs, others: dict[str, Any]
+    model: PreTrainedModel, targets: Targets, plan: Plan, others: dict[str, Any]
 ) -> dict[int, MechanismConfig]:
     """Return the configs of the layers that a plan converts, once it is known to be for such a model."""
     given = [name for name, value in others.items() if value is not None]

@@ -12,6 +12,7 @@ from texts import Document, documents, is_held_out, name_of, split
 from transformers import PreTrainedTokenizerBase
 
 from hf_effattn.evaluation.documents import NAMES
+from hf_effattn.evaluation.material import first_tokens
 from hf_effattn.evaluation.texts import cleaned
 
 BUFFER = 1000  # windows among which a stream is shuffled
@@ -22,9 +23,7 @@ class Cutter:
     """Cuts documents into windows of tokens, each beginning as the tokenizer lets texts begin."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        first = tokenizer("a").input_ids[0]
-        self.start = [first] if first == tokenizer.bos_token_id else []
+        self.tokenizer, self.start = tokenizer, first_tokens(tokenizer)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids if texts else []

@@ -12,6 +12,7 @@ import torch
 from small import PROSE, small_model, small_tokenizer
 from typer.testing import CliRunner
 
+from hf_effattn import Plan
 from hf_effattn.cli import make_app
 from hf_effattn.evaluation.material import Sources
 from hf_effattn.evaluation.runner import RESULTS
@@ -103,6 +104,7 @@ def test_a_converted_model_is_compared_with_its_dense_self(run: Run, tmp_path: P
     assert result.exit_code == 0, result.output
     names = {json.loads(line)["variant"] for line in (tmp_path / RESULTS).read_text().splitlines()}
     assert names == {"as given", "as given, window only", "as given, linear only", "dense"}
+    assert (tmp_path / "ablations.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize(
@@ -120,3 +122,23 @@ def test_the_command_says_what_is_wrong(run: Run, arguments: list[str], message:
     result = run(*arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
+
+
+def test_a_plan_is_made_and_written(tmp_path: Path) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "long.txt").write_text(PROSE * 8)
+    arguments = ["--documents", str(texts), "--context-length", "2k", "--candidate", "sparse:window=30"]
+    app = make_app(lambda name, dtype, device: (small_model(TOKENIZER).to(dtype), TOKENIZER))
+    command = ["plan", "tiny", *arguments, "--dtype", "float32", "--out", str(tmp_path / "out"), "--number", "1"]
+    result = CliRunner().invoke(app, [*command, "--budget", "60%"])
+    assert result.exit_code == 0, result.output
+    assert "sparse:window=30" in result.output
+    plan, net = Plan.load(tmp_path / "out" / "plan.json"), small_model(TOKENIZER)
+    assert plan.price <= 0.6 * net.attention_report(2048).cache_bytes
+    assert net.convert_attention(plan).attention_report(2048).cache_bytes == plan.price
+    assert (tmp_path / "out" / "plan.png").stat().st_size > 5000
+    for wrong, message in ((["--budget", "much"], "a budget is"), (["--budget", "0.1%"], "cannot be kept")):
+        result = CliRunner().invoke(app, [*command, *wrong])
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.split())

@@ -324,6 +324,45 @@ def test_datasets_are_read_by_their_library(tables: Path, streaming: bool) -> No
     assert [row["document"] for row in read_rows(tables, streaming=streaming).rows] == ["c"]
 
 
+def table(folder: Path, name: str, rows: list[dict[str, Any]]) -> Path:
+    """Write rows as a table of the kind that its name says."""
+    path, data = folder / name, datasets.Dataset.from_list(rows)
+    if path.suffix == ".arrow":
+        data.save_to_disk(folder / "saved")
+        return next((folder / "saved").glob("*.arrow")).rename(path)
+    plain = path.with_suffix("") if path.suffix == ".gz" else path
+    (data.to_parquet if path.suffix == ".parquet" else data.to_csv)(plain)
+    return written(path, plain.read_bytes())
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz", "a.parquet", "a.arrow"])
+def test_a_table_given_as_a_text_is_read_by_its_rows(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [{"number": 1, "text": "Once, there was."}, {"number": 2, "text": " "}, {"number": 3, "text": "x\nThe end."}]
+    path = table(tmp_path, name, rows)
+    other = written(tmp_path / "other.txt", b"Other.")
+    material, skipped = Sources((str(path), str(other))).gather(small_tokenizer())
+    assert material.text == "Once, there was.\n\nx\nThe end.\n\nOther."
+    assert skipped == [Skipped(f"{path}, row 2", "the document is empty")]
+    nameless = table(tmp_path, name, [{"number": 1, "words": "a"}])
+    with pytest.raises(ValueError, match="row 1: no document under document, text, .*; there is number, words"):
+        Sources((str(nameless),)).gather(small_tokenizer())
+
+
+@pytest.mark.parametrize(
+    ("name", "data"), [("a.csv", b'text\n"open'), ("a.csv", b""), ("a.parquet", b"x"), ("a.arrow", b"x" * 99)]
+)
+def test_tables_that_cannot_be_read_are_named(
+    name: str, data: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    path = written(tmp_path / name, data)
+    with pytest.raises(ValueError, match=f"{name}: the table can't be read: ."):
+        read_rows(path)
+
+
 def test_saved_datasets_are_read(tmp_path: Path) -> None:
     data = datasets.Dataset.from_list([{"text": "a"}])
     data.save_to_disk(tmp_path / "one")

@@ -19,7 +19,8 @@ from tokenizers.processors import TemplateProcessing
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from hf_effattn.evaluation import TASKS, Example, Material, Settings, Subject, Variant, evaluate, markdown
+from hf_effattn.evaluation import TASKS, Example, Material, Results, Settings, Subject, Variant, evaluate, markdown
+from hf_effattn.evaluation import plots as evaluation_plots
 from hf_effattn.evaluation.material import Sources
 from hf_effattn.evaluation.plots import plots
 from hf_effattn.evaluation.runner import RESULTS
@@ -104,6 +105,57 @@ def test_context_gain_scores_the_same_tokens_under_each_context(model: Any, mate
     assert math.isclose(record["perplexity"]["128"], math.exp(whole), rel_tol=1e-4)
     assert math.isclose(record["perplexity"]["8"], math.exp(short), rel_tol=1e-4)
     assert math.isclose(record["score"], float(short - whole), rel_tol=1e-3, abs_tol=1e-5)
+
+
+@pytest.fixture(params=["first", "unused"])
+def start(request: pytest.FixtureRequest) -> tuple[Any, list[int]]:
+    """A tokenizer with a BOS token, and what it begins texts with: BOS, or nothing."""
+    tokenizer = small_tokenizer()
+    tokenizer.bos_token = "<eos>"
+    if request.param == "unused":
+        return tokenizer, []
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<eos> $A", special_tokens=[("<eos>", 1)])
+    return tokenizer, [1]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+@torch.inference_mode()
+def test_passages_begin_as_the_tokenizer_begins_texts(
+    model: Any, material: Material, start: tuple[Any, list[int]], variant: Variant
+) -> None:
+    tokenizer, first = start
+    with as_variant(model, variant):
+        subject = Subject(model, tokenizer)
+        for name in ("perplexity", "perplexity_cached"):
+            task = TASKS.get(name)(material)
+            (example,) = task.examples(100, 1)
+            (record,) = task.run(subject, [example], 100)
+            ids = torch.tensor([*first, *TOKENIZER(example.prompt).input_ids])[:101]
+            assert record["tokens"] == 100
+            assert math.isclose(record["loss"], float(plain_losses(model, ids).mean()), rel_tol=1e-5)
+
+
+@torch.inference_mode()
+def test_every_window_of_a_passage_begins_as_texts_do(material: Material, start: tuple[Any, list[int]]) -> None:
+    tokenizer, first = start
+    model = small_model(TOKENIZER, max_position_embeddings=64)
+
+    def read(ids: torch.Tensor) -> torch.Tensor:
+        return plain_losses(model, torch.cat((torch.tensor(first, dtype=torch.long), ids[len(first) :])))
+
+    task = TASKS.get("perplexity")(material)
+    (example,) = task.examples(150, 1)
+    (record,) = task.run(Subject(model, tokenizer), [example], 150)
+    ids = torch.tensor([*first, *TOKENIZER(example.prompt).input_ids])[:151]
+    expected = torch.cat([read(ids[:65]), read(ids[32:97])[-32:], read(ids[64:129])[-32:], read(ids[86:151])[-22:]])
+    assert math.isclose(record["loss"], float(expected.mean()), rel_tol=1e-5)
+    task = TASKS.get("context_gain")(material)
+    (example,) = task.examples(64, 1)
+    (record,) = task.run(Subject(model, tokenizer), [example], 64)
+    ids = torch.tensor([*first, *TOKENIZER(example.prompt).input_ids])[:65]
+    contexts = {4: [read(ids[s : s + 5]) for s in range(48, 64, 4)], 16: [read(ids[48:])], 64: [read(ids)[-16:]]}
+    for context, losses in contexts.items():
+        assert math.isclose(record["perplexity"][str(context)], float(torch.cat(losses).mean().exp()), rel_tol=1e-5)
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
@@ -278,6 +330,85 @@ def test_every_variant_answers_the_same_examples_and_the_report_opens_with_ratio
     assert "Break-even" in report
     assert {path.name for path in plots(results, tmp_path)} == {"scores.png", "costs.png", "positions.png"}
     assert all((tmp_path / name).stat().st_size > 5000 for name in ("scores.png", "costs.png", "positions.png"))
+
+
+def test_further_scores_are_recorded_and_reported(model: Any, tmp_path: Path) -> None:
+    rows = [{"document": PROSE[i : i + 200], "question": "Who?", "answers": [f"no {i}"]} for i in range(0, 800, 200)]
+    material = Material(lambda text: len(TOKENIZER(text).input_ids), PROSE, documents=rows)
+    asked = settings(tasks=["distractor_qa", "passkey"], lengths=[512], variants=VARIANTS[:2], number=2)
+    results = evaluate(model, TOKENIZER, asked, material, tmp_path)
+    for record in results.records:
+        told = {"exact match", "string match (any)"} if record["task"] == "distractor_qa" else set()
+        assert set(record.get("further", {})) == told
+    shared = {"task": "distractor_qa", "length": 1024}
+    records = [
+        {**shared, "variant": name, "index": i, "score": score, "further": {"exact": more}}
+        for name, pairs in {"dense": ((0.5, 0.0), (1.0, 1.0)), "other": ((0.25, 0.0), (0.25, 0.0))}.items()
+        for i, (score, more) in enumerate(pairs)
+    ]
+    report = markdown(Results(records, {}))
+    assert "| distractor_qa (F1) | 1k | 2 | 0.75 ± 0.25 | 0.25 ± 0 |" in report
+    assert "| distractor_qa (exact) | 1k | 2 | 0.5 ± 0.5 | 0 ± 0 |" in report
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The figures that are drawn, by the name of their file."""
+    found: dict[str, Any] = {}
+
+    def saved(figure: Any, path: Path) -> Path:
+        found[path.name] = figure
+        return _saved(figure, path)
+
+    _saved = evaluation_plots._saved
+    monkeypatch.setattr(evaluation_plots, "_saved", saved)
+    return found
+
+
+def results_of(scores: dict[str, Sequence[float]], seconds: dict[str, Sequence[float]]) -> Results:
+    """Results at 1,024, 2,048 and so on of two tasks, with 1,000 tokens of a prompt and 10 MB of cache each."""
+    records = [
+        {"variant": name, "task": task, "length": 1024 << i, "index": 0, "score": score, "prompt_tokens": 1000}
+        | ({"tokens": 1, "loss": math.log(score)} if task == "perplexity" else {"prefill_seconds": seconds[name][i]})
+        for name, found in scores.items()
+        for task in ("perplexity", "passkey")
+        for i, score in enumerate(found)
+    ]
+    return Results(records, {name: {str(1024 << i): 10_000_000 for i in range(3)} for name in scores})
+
+
+def test_parts_have_a_plot_of_their_own(figures: dict[str, Any], tmp_path: Path) -> None:
+    scores = {"dense": (8.0, 7.0), "a, window only": (20.0, 19.0), "a": (9.0, 8.5), "a, linear only": (90.0, 80.0)}
+    results = results_of(scores | {"b": (3.0, 2.0)}, dict.fromkeys([*scores, "b"], (1.0, 1.0)))
+    assert tmp_path / "ablations.png" in plots(results, tmp_path)
+    for axis, task in zip(figures["ablations.png"].axes, ("perplexity", "passkey"), strict=True):
+        bars = {bar.get_label(): tuple(patch.get_height() for patch in bar) for bar in axis.containers}
+        expected = {"whole": "a", "window only": "a, window only", "linear only": "a, linear only"}
+        assert bars.keys() == expected.keys()
+        assert all(bars[label] == pytest.approx(scores[name]) for label, name in expected.items())
+        lines = [segment[0][1] for line in axis.collections for segment in line.get_segments()]
+        assert lines == pytest.approx(scores["dense"])
+        assert axis.get_title() == f"{task}\na"
+    without = replace(results, records=[record for record in results.records if "only" not in record["variant"]])
+    assert tmp_path / "ablations.png" not in plots(without, tmp_path)
+
+
+def test_break_even_is_told_and_marked(figures: dict[str, Any], tmp_path: Path) -> None:
+    seconds = {"dense": (1.0, 2.0, 4.0), "late": (2.0, 2.0, 2.0), "never": (9.0, 1.0, 9.0), "always": (0.5, 0.5, 0.5)}
+    results = results_of(dict.fromkeys(seconds, (1.0, 1.0, 1.0)), seconds)
+    starts = {"late": 4096, "never": None, "always": 1024}
+    report = markdown(results)
+    for name, start in starts.items():
+        told = "nowhere" if start is None else f"from {start // 1024}k on"
+        assert f"- `{name}` is cheaper than `dense`: cache nowhere, prefill {told}\n" in report
+    plots(results, tmp_path)
+    cache, prefill, decoding = figures["costs.png"].axes
+    assert len(cache.lines) == len(seconds)
+    assert not decoding.lines
+    marked = [line.get_xydata().tolist()[0] for line in prefill.lines if line.get_marker() == "*"]
+    assert marked == [[4096, 500], [1024, 2000]]
+    texts = [text.get_text() for text in figures["costs.png"].legends[0].get_texts()]
+    assert texts.count("cheaper than dense from here on") == 1
 
 
 def test_parts_of_a_linear_layer_stand_alone_with_what_they_have_learned(model: Any) -> None:

@@ -24,6 +24,7 @@ from hf_effattn.evaluation.haystack import (
     stretch,
     words,
 )
+from hf_effattn.evaluation.stories import where_is_a_person, where_is_a_thing, where_was_a_thing
 from hf_effattn.evaluation.texts import Fitted
 
 TEXT = (Path(__file__).parent / "data" / "prose.txt").read_text()
@@ -35,7 +36,8 @@ DOCUMENTS = [
 GENERATED = [name for name in TASKS if issubclass(TASKS.get(name), GenerationTask)]
 OF_ROWS = ("distractor_qa", "documents", "summaries")
 WHOLE_ROWS = ("documents", "summaries")
-OF_TEXT = ("babilong", "niah_multikey", "niah_multiquery", "niah_multivalue", "niah_single")
+BABILONG = ("babilong", "babilong_qa2", "babilong_qa3")
+OF_TEXT = (*BABILONG, "niah_multikey", "niah_multiquery", "niah_multivalue", "niah_single")
 every_task = pytest.mark.parametrize("name", GENERATED)
 RULER = {  # answer tokens in RULER's synthetic tasks
     "niah_single": 128,
@@ -76,7 +78,7 @@ def perfect(name: str, example: Example) -> str:
 
 
 def test_every_task_is_there() -> None:
-    assert set(RULER) | {"passkey", "json_key_value", "babilong", "documents", "summaries"} <= set(GENERATED)
+    assert set(RULER) | {"passkey", "json_key_value", *BABILONG, "documents", "summaries"} <= set(GENERATED)
     assert {name: TASKS.get(name).max_new_tokens for name in RULER} == RULER  # type: ignore[attr-defined]
 
 
@@ -85,7 +87,7 @@ def test_the_same_seed_gives_the_same_examples(name: str) -> None:
     few, many = make(name).examples(1024, 2), make(name).examples(1024, 5)
     assert many[:2] == few
     assert len({example.prompt for example in many}) == 5
-    assert len({example.references for example in many}) == 5 or name == "babilong"
+    assert len({example.references for example in many}) == 5 or name in BABILONG
     assert make(name, seed=7).examples(1024, 2) != few
 
 
@@ -187,7 +189,7 @@ def test_variables_are_a_chain_behind_a_solved_one() -> None:
     for example in make("variable_tracking").examples(1024, 3):
         solved, question = example.prompt.split("\n\nMemorize")
         for part, names in ((solved, solved.split()[-5:]), (question, example.references)):
-            said = re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.\n", part)
+            said = re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\n", part)
             assert [name for name, _ in said] == list(names)
             assert [value for _, value in said[1:]] == list(names[:-1])
             assert f"assigned the value {said[0][1]} in" in part
@@ -230,17 +232,65 @@ def test_the_json_object_is_one() -> None:
     assert (found[key],) == example.references
 
 
-def test_babilong_asks_for_the_last_place() -> None:
-    for example in make("babilong").examples(1024, 20):
-        text = example.prompt.split("\nText:\n")[1]
-        moves = re.findall(
-            r"(Mary|John|Daniel|Sandra) (?:moved|went|went back|journeyed|travelled) to the (\w+)\.", text
-        )
-        person = example.details["question"].removeprefix("Where is ").rstrip("?")
-        assert len(moves) == example.details["facts"]
-        assert (dict(moves)[person],) == example.references
-        place = text.rindex(f"{person} ", 0, text.index("\n\nQuestion"))
-        assert abs(place / text.index("\n\nQuestion") - example.details["depth"]) < 0.06
+def told(text: str) -> list[tuple[int, list[str]]]:
+    """Return the facts of bAbI in a text: where each stands, and its words."""
+    move = r"(?:moved|went|went back|journeyed|travelled) to the \w+"
+    touch = r"(?:got|grabbed|picked up|took|discarded|dropped|left|put down) the (?:apple|football|milk)(?: there)?"
+    found = re.finditer(rf"(?:Mary|John|Daniel|Sandra) (?:{move}|{touch})\.", text)
+    return [(match.start(), match[0].removesuffix(".").removesuffix(" there").split()) for match in found]
+
+
+def answer_of(facts: list[list[str]], question: str) -> str | None:
+    """Play a story and answer the question about it; None for what cannot be known or has several answers."""
+    places: dict[str, list[str]] = {}  # of persons, and of things from when they were first taken
+    has: dict[str, list[str]] = {}
+    for who, *verb, it in facts:
+        if verb[-2:] == ["to", "the"]:
+            for each in [who, *has.get(who, [])]:
+                places.setdefault(each, []).append(it)
+        elif verb[0] in ("got", "grabbed", "picked", "took"):
+            assert not any(it in things for things in has.values()), "someone has it"
+            assert it not in places or places[it][-1] == places[who][-1], "it is elsewhere"
+            places.setdefault(it, places[who][-1:])
+            has.setdefault(who, []).append(it)
+        else:
+            has[who].remove(it)
+    asked = question.rstrip("?").split()
+    if "before" not in asked:
+        return places.get(asked[-1], [None])[-1]
+    been = places[asked[3]]
+    return been[been.index(asked[-1]) - 1] if been.count(asked[-1]) == 1 and been[0] != asked[-1] else None
+
+
+@pytest.mark.parametrize(("name", "support"), list(zip(BABILONG, (1, 2, 3), strict=True)))
+def test_babilong_answers_follow_from_what_happened(name: str, support: int) -> None:
+    for example in make(name).examples(1024, 40):
+        text, question = example.prompt.split("\nText:\n")[1].split("\n\nQuestion: ")
+        places, facts = zip(*told(text), strict=True)
+        assert (len(facts), question) == (example.details["facts"], example.details["question"])
+        assert (answer_of(list(facts), question),) == example.references
+        assert len(example.details["depths"]) == support
+        for depth in example.details["depths"]:
+            assert min(abs(place / len(text) - depth) for place in places) < 0.06
+        shown, solved = re.findall(r'"(.*?)"', example.prompt)[:2]
+        facts = [fact.removesuffix(" there").split() for fact in re.findall(r"[A-Z][^.]+", shown)]
+        assert f"the answer: {answer_of(list(facts), solved)}." in example.prompt
+
+
+@pytest.mark.parametrize("ask", [where_is_a_person, where_is_a_thing, where_was_a_thing])
+def test_the_supporting_facts_tell_the_answer(ask: Any) -> None:
+    for seed in range(100):
+        story = ask(random.Random(seed), 20)
+        facts = [fact for _, fact in told(" ".join(story.facts))]
+        assert len(facts) == len(story.facts) >= 20
+        assert answer_of(facts, story.question) == story.answer
+        assert list(story.support) == sorted(set(story.support))
+        support = [facts[number] for number in story.support]
+        *_, thing = story.question.split(" before ")[0].rstrip("?").split()
+        ends = [place.removeprefix("the ").rstrip("?") for place in story.question.split(" before ")[1:]]
+        assert [it for *_, it in support if it != thing] == [story.answer, *ends]
+        assert [it for *_, it in support].count(thing) == (ask is not where_is_a_person)
+        assert len({who for who, *_ in support}) == 1
 
 
 def test_the_gold_document_is_among_others() -> None:
@@ -252,6 +302,25 @@ def test_the_gold_document_is_among_others() -> None:
         assert row["question"] in example.prompt
         before = example.prompt.index(row["document"]) / len(example.prompt)
         assert abs(before - example.details["depth"]) < 0.15
+
+
+@pytest.mark.parametrize("name", ["distractor_qa", "documents"])
+@pytest.mark.parametrize(
+    ("answer", "f1", "exact", "anywhere"),
+    [
+        ("\n The number7 Zebra.\nDocument 3: more", 1.0, 1.0, 1.0),
+        ("a number7 cat", 0.5, 0.0, 0.0),
+        ("unknown\nnumber7 zebra", 0.0, 0.0, 1.0),
+        ("It is number7 zebra", 2 / 3, 0.0, 1.0),
+    ],
+)
+def test_short_answers_have_f1_and_exact_match(
+    name: str, answer: str, f1: float, exact: float, anywhere: float
+) -> None:
+    task, example = make(name), Example("", ("number7 zebra", "quokka"))
+    assert task.score(example, answer) == pytest.approx(f1)
+    assert task.further(example, answer) == {"exact match": exact, "string match (any)": anywhere}
+    assert make("summaries").further(example, answer) == make("passkey").further(example, answer) == {}
 
 
 @pytest.mark.parametrize("name", OF_ROWS)

@@ -19,6 +19,7 @@ FLOORS = {
     "patterns": 1,
     "selectors": 1,
     "evictions": 1,
+    "plans": 1.7,  # they hold configs
     "config": 1.5,  # on floor 1, above the things it names
     "ops": 2,
     "cache": 3,

@@ -19,12 +19,11 @@ from transformers import AutoModelForCausalLM
 import hf_effattn
 from hf_effattn.evaluation import Subject
 from hf_effattn.evaluation.haystack import ADJECTIVES, NOUNS
-from hf_effattn.planning import Budget, Loss, Plan
 from hf_effattn.planning.candidates import Candidate, default_candidates, read_candidates
 from hf_effattn.planning.journal import FILE
-from hf_effattn.planning.knapsack import choose
 from hf_effattn.planning.measure import assign, loss_of, single_changes
 from hf_effattn.planning.probes import DEPTHS, NEEDLE, QUESTION, Probe, make_probes
+from hf_effattn.plans import Budget, Loss, Plan, choose
 from hf_effattn.targets import choose_layers, find_targets
 
 TOKENIZER = small_tokenizer(PROSE + " ".join((*ADJECTIVES, *NOUNS, NEEDLE, QUESTION)))

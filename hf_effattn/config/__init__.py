@@ -5,20 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from ..patterns import pattern_from_spec
-from .base import CONFIGS, LayerConfigs, MechanismConfig
+from .base import CONFIGS, MechanismConfig
 from .linear import JOINS, LinearConfig
 from .sparse import SparseConfig
 
-__all__ = [
-    "CONFIGS",
-    "JOINS",
-    "LayerConfigs",
-    "LinearConfig",
-    "MechanismConfig",
-    "SparseConfig",
-    "config_from_dict",
-    "make_config",
-]
+__all__ = ["CONFIGS", "JOINS", "LinearConfig", "MechanismConfig", "SparseConfig", "config_from_dict", "make_config"]
 
 
 def make_config(mechanism: str | MechanismConfig, options: dict[str, Any]) -> MechanismConfig:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 from ..registry import Registry
 
@@ -51,21 +51,6 @@ class MechanismConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the config as JSON-able data; `config_from_dict` reads it."""
         return {"mechanism": self.mechanism, **asdict(self)}
-
-
-@runtime_checkable
-class LayerConfigs(Protocol):
-    """A config for each layer of a model, such as a plan."""
-
-    @property
-    def num_layers(self) -> int:
-        """Layers of the model it is for."""
-
-    def configs(self) -> dict[int, MechanismConfig]:
-        """Return the config of each layer that is converted."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as JSON-able data, which is saved with the model."""
 
 
 def refuse_unknown(options: Iterable[str], valid: list[str], what: str) -> None:

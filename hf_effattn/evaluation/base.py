@@ -102,9 +102,15 @@ class GenerationTask(Task):
         """Return how good the answer is, between 0 and 1."""
         raise NotImplementedError
 
+    def further(self, example: Example, answer: str) -> dict[str, float]:
+        """Return other scores of the answer, by the names under which the report has them too."""
+        return {}
+
     def run(self, subject: Subject, examples: Sequence[Example], length: int) -> Iterator[dict[str, Any]]:
         for example, answer in zip(examples, subject.generate(examples, self.max_new_tokens), strict=True):
-            yield {"score": self.score(example, answer.text), "answer": answer.text, **answer.facts, **example.details}
+            further = self.further(example, answer.text)
+            scores = {"score": self.score(example, answer.text)} | ({"further": further} if further else {})
+            yield {**scores, "answer": answer.text, **answer.facts, **example.details}
 
     def random(self, length: int, index: int) -> random.Random:
         """Return the source of chance of one example: the same in every run and whatever else is asked."""

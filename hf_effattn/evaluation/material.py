@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .base import Material
 from .documents import Rows, Skipped, read_rows
-from .records import ROWS
+from .records import ROWS, TABLES
 from .texts import HOW, counted, fit, kind, read_marked
 
 TOO_LONG = ("skip", *HOW)
@@ -29,8 +29,8 @@ class Sources:
     """What users name.
 
     Args:
-        texts: Files, folders, JSON lines or Hub ids whose texts, one after the other, are haystack and passages; none
-            for `default_text`.
+        texts: Files, folders, JSON lines, tables or Hub ids whose texts, one after the other, are haystack and
+            passages; none for `default_text`.
         documents: A file, folder or Hub id of rows with `document`, `question` and `answers`.
         columns: What these are called there.
         split: Of a dataset of documents that has several.
@@ -94,7 +94,7 @@ class Sources:
 
 def _text(name: str) -> Rows:
     path = Path(name).expanduser()
-    if not path.is_file() or kind(path) in ROWS:
+    if not path.is_file() or kind(path) in (*ROWS, *TABLES):
         return read_rows(name)
     text, place = read_marked(path)
     return Rows([{"document": text}], altered=[place] if place else [])
@@ -103,3 +103,9 @@ def _text(name: str) -> Rows:
 def count_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
     """Return the tokens of a text, without special ones."""
     return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the token that the tokenizer begins a text with: BOS, or none."""
+    first = list(tokenizer("a").input_ids[:1])
+    return first if first == [tokenizer.bos_token_id] else []

@@ -112,6 +112,11 @@ def normalized(text: str) -> list[str]:
     return ARTICLES.sub(" ", text.lower().translate(NO_PUNCTUATION)).split()
 
 
+def first_line(text: str) -> str:
+    """Return the first line with anything in it: where a short answer ends, for models that go on to write."""
+    return text.strip().partition("\n")[0]
+
+
 def best_rouge(prediction: str, references: Sequence[str], kinds: tuple[str, ...]) -> list[float]:
     """Return for each kind of ROUGE the F-measure with the reference for which it is highest.
 

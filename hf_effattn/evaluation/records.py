@@ -86,7 +86,10 @@ def _in_dataset(path: Path, source: str, split: str | None, streaming: bool, nam
     import datasets  # takes a second, and files don't need it
 
     if path.is_file():
-        return datasets.load_dataset(kind(path)[1:], data_files=str(path), split="train", streaming=streaming)
+        try:
+            return datasets.load_dataset(kind(path)[1:], data_files=str(path), split="train", streaming=streaming)
+        except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+            raise ValueError(f"{path}: the table can't be read: {error.__cause__ or error}") from error
     if any((path / saved).is_file() for saved in SAVED):
         data: Any = datasets.load_from_disk(str(path))
         data = data if isinstance(data, dict) else {str(data.split): data}

@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from .base import TASKS
-from .variants import DENSE
+from .variants import DENSE, PARTS, name_of_part
 
 Records = Sequence[dict[str, Any]]
 RATES = {"prefill": "prefill_seconds", "decoding": "step_seconds"}  # keys of records
@@ -39,6 +39,12 @@ class Results:
         """Variants in the order they came in, the one compared with first."""
         names = list(dict.fromkeys(record["variant"] for record in self.records))
         return sorted(names, key=lambda name: name != self.against)
+
+    @property
+    def ablated(self) -> list[str]:
+        """Variants of which there are parts alone, too."""
+        names = self.variants
+        return [name for name in names if any(name_of_part(name, part) in names for part in PARTS)]
 
     @property
     def tasks(self) -> list[str]:
@@ -73,6 +79,16 @@ class Results:
         """Return bytes of the "cache", or seconds of a token in "prefill" or "decoding"."""
         return self.bytes(variant, length) if kind == "cache" else self.seconds(variant, RATES[kind], length)
 
+    def cheaper(self, kind: str, variant: str) -> dict[int, bool]:
+        """Return for each length measured whether a variant costs less than the one it is compared with."""
+        pairs = {n: [self.cost(kind, name, n) for name in (variant, self.against)] for n in self.lengths}
+        return {n: own < other for n, (own, other) in pairs.items() if own is not None and other is not None}
+
+    def break_even(self, kind: str, variant: str) -> int | None:
+        """Return the length from which on a variant always costs less; None if there is none."""
+        cheaper = self.cheaper(kind, variant)
+        return next((n for n in cheaper if all(less for m, less in cheaper.items() if m >= n)), None)
+
 
 def markdown(results: Results) -> str:
     """Return the report."""
@@ -82,13 +98,13 @@ def markdown(results: Results) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def standard_error(records: Records) -> float | None:
-    """Return the standard error of the mean score; None for a single record."""
-    number = len(records)
+def standard_error(values: Sequence[float]) -> float | None:
+    """Return the standard error of the mean; None for a single value."""
+    number = len(values)
     if number < 2:
         return None
-    mean = sum(record["score"] for record in records) / number
-    return math.sqrt(sum((record["score"] - mean) ** 2 for record in records) / (number - 1) / number)
+    mean = sum(values) / number
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (number - 1) / number)
 
 
 def _ratios(results: Results) -> str:
@@ -117,16 +133,28 @@ def _scores(results: Results) -> str:
     rows = []
     for task in results.tasks:
         for length in results.lengths:
-            row = []
-            for variant in results.variants:
-                score, found = results.score(variant, task, length), results.of(variant, task, length)
-                error = standard_error(found) if TASKS.get(task).higher_is_better else None
-                row.append("" if score is None else f"{score:.3g}" + ("" if error is None else f" ± {error:.2g}"))
-            if any(row):
-                number = max(len(results.of(v, task, length)) for v in results.variants)
-                rows.append([f"{task} ({TASKS.get(task).score_name})", _tokens(length), str(number), *row])
+            found = [results.of(variant, task, length) for variant in results.variants]
+            number = max(map(len, found))
+            shown = {TASKS.get(task).score_name: [_score(task, records) for records in found]} if number else {}
+            for name in dict.fromkeys(name for records in found for r in records for name in r.get("further", {})):
+                shown[name] = [_mean([r["further"][name] for r in records if "further" in r]) for records in found]
+            rows += [[f"{task} ({name})", _tokens(length), str(number), *cells] for name, cells in shown.items()]
     intro = "## Scores\n\nMeans with their standard errors over the examples."
     return f"{intro}\n\n{_table(['task', 'length', 'examples', *results.variants], rows)}"
+
+
+def _score(task: str, records: Records) -> str:
+    """The score of a task; where it is not a mean, there is no standard error of it."""
+    if TASKS.get(task).higher_is_better:
+        return _mean([record["score"] for record in records])
+    return f"{TASKS.get(task).total(records):.3g}" if records else ""
+
+
+def _mean(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    error = standard_error(values)
+    return f"{sum(values) / len(values):.3g}" + ("" if error is None else f" ± {error:.2g}")
 
 
 def _costs(results: Results) -> str:
@@ -149,15 +177,9 @@ def _break_even(results: Results) -> str:
             continue
         facts = []
         for kind in COSTS:
-            known = []
-            for n in results.lengths:
-                own, other = (results.cost(kind, name, n) for name in (variant, results.against))
-                if own is not None and other is not None:
-                    known.append((n, own < other))
-            if not known:
-                continue
-            start = next((n for i, (n, _) in enumerate(known) if all(better for _, better in known[i:])), None)
-            facts.append(f"{kind} {'nowhere' if start is None else f'from {_tokens(start)} on'}")
+            start = results.break_even(kind, variant)
+            if results.cheaper(kind, variant):
+                facts.append(f"{kind} {'nowhere' if start is None else f'from {_tokens(start)} on'}")
         if facts:
             lines.append(f"- `{variant}` is cheaper than `{results.against}`: {', '.join(facts)}")
     return "Break-even among the lengths measured:\n\n" + "\n".join(lines) if lines else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from transformers import (
 )
 
 from .base import Example
-from .material import count_tokens
+from .material import count_tokens, first_tokens
 
 SAMPLES = (Example("Here. Who?", ()), Example("Here. Who?", (), " It is"), Example("Count to 12\n", (), "Answer:"))
 PIECE = 2048  # tokens whose logits are held in float32 at a time
@@ -66,6 +67,16 @@ class Subject:
         """Return the tokens of a text `[T]`, without special ones, on the model's device."""
         found = self.tokenizer(text, add_special_tokens=False, verbose=False, return_tensors="pt").input_ids[0]
         return found.to(self.model.device)
+
+    @cached_property
+    def first_tokens(self) -> list[int]:
+        """The token that texts begin with: BOS, or none."""
+        return first_tokens(self.tokenizer)
+
+    def begun(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return tokens `[T]` with BOS before them, where the tokenizer begins texts so: models are lost without what
+        they saw before every text they learned from."""
+        return torch.cat((ids.new_tensor(self.first_tokens), ids))
 
     def prompt(self, example: Example) -> str:
         """Return what the model reads: the prompt, in the chat template if asked for, and the answer's beginning."""

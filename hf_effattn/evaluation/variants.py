@@ -64,7 +64,12 @@ class Variant:
 
     def ablations(self) -> list[Variant]:
         """Return this variant with each of its parts alone."""
-        return [replace(self, name=f"{self.name}, {part} only", part=part) for part in PARTS]
+        return [replace(self, name=name_of_part(self.name, part), part=part) for part in PARTS]
+
+
+def name_of_part(whole: str, part: str) -> str:
+    """Return what a variant of which only one part is left is called."""
+    return f"{whole}, {part} only"
 
 
 def is_converted(model: PreTrainedModel) -> bool:

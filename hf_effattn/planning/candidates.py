@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from ..config import MechanismConfig, SparseConfig, make_config
 from ..evaluation.variants import ADAPTER, Variant
-from .plans import DENSE
+from ..plans import DENSE
 
 PARTS = (32, 8, 4)  # of the context: the windows of the default candidates
 NUM_SINKS = 4

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .plans import Loss
+from ..plans import Loss
 from .probes import Probe
 
 FILE = "measurements.jsonl"

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from ..convert import convert_attention, revert_attention
 from ..evaluation import Subject
+from ..plans import Loss
 from ..targets import find_targets
 from .candidates import Candidate
-from .plans import Loss
 from .probes import Probe
 
 BLOCK = re.compile(r"(.*\.\d+)(\.|$)")  # in a list of layers, the name of one

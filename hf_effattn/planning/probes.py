@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..evaluation.documents import read_rows
 from ..evaluation.haystack import keys, numbers
+from ..evaluation.material import first_tokens
 
 DEPTHS = (0.05, 0.25, 0.45, 0.65)  # of the needles: far enough from the end that windows do not reach them
 DIGITS = 5
@@ -53,7 +54,7 @@ def make_probes(
     length = context_length + 1
     tokens = sorted(tokenizer(texts, add_special_tokens=False, verbose=False).input_ids, key=len, reverse=True)
     chance = random.Random(f"plan/{seed}")
-    first = _start(tokenizer)
+    first = first_tokens(tokenizer)
     whole = [_questions(tokenizer, chance) for _ in range(number)]
     rooms = [length - len(first) - sum(len(x) for x in (*needles, *asked)) for needles, asked in whole]
     if min(rooms) < length // 2:
@@ -82,11 +83,6 @@ def _texts(documents: str | Path | Sequence[str]) -> list[str]:
     if not texts or not all(isinstance(text, str) for text in texts):
         raise TypeError(f"documents are a file, a folder, a dataset, or a list of texts; got {documents!r:.80}")
     return texts
-
-
-def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    first = tokenizer("a").input_ids[0]
-    return [first] if first == tokenizer.bos_token_id else []
 
 
 def _questions(tokenizer: PreTrainedTokenizerBase, chance: random.Random) -> tuple[list[list[int]], list[list[int]]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ from ..convert import revert_attention
 from ..evaluation import Subject
 from ..evaluation.variants import is_converted
 from ..notation import whole_number
+from ..plans import DENSE, PLAN, Budget, LayerChoice, Loss, Plan
+from ..plans.budget import BYTES
 from ..report import attention_report
 from ..targets import choose_layers, find_targets
-from .budget import BYTES, Budget
 from .candidates import Candidate, default_candidates, read_candidates
 from .journal import Journal, identity_of
 from .measure import assign, loss_of, single_changes
-from .plans import DENSE, PLAN, LayerChoice, Loss, Plan
 from .probes import Probe, make_probes
 from .speed import step_seconds
 
@@ -48,10 +47,10 @@ def plan(
 ) -> Plan:
     """Choose the attention of each layer so that a budget is kept and as little as possible is lost.
 
-    All layers first get the candidate that comes nearest to the budget. Then each layer by itself is changed to each
-    of the others, and the loss measured: of documents, and of answers to what was hidden in them far before, so that a
-    plan does not buy perplexity with recall. The least sum of losses within the budget is the plan, if losses add up;
-    so it is measured as a whole, and the changes are measured again around it, while that makes it better.
+    Each layer of the dense model by itself is changed to each candidate, and the loss measured: of documents, and of
+    answers to what was hidden in them far before, so that a plan does not buy perplexity with recall. The least sum of
+    losses within the budget is the plan, if losses add up; so it is measured as a whole, and the changes are measured
+    again around it, while that makes it better.
 
     Args:
         model: A dense model of a supported family; afterwards it is as before.
@@ -125,7 +124,7 @@ class _Search:
         empty.for_budget(empty.budget)  # one that cannot be kept is told before hours of measuring
         measured = {c.name: self.losses(self.everywhere(c), c.name) for c in self.candidates}
         empty = replace(empty, measured=measured)
-        base = self.everywhere(min(self.candidates, key=partial(self._distance, empty)))
+        base = self.everywhere(next(c for c in self.candidates if c.name == DENSE))
         best: Plan | None = None
         for round_number in range(rounds):
             new = self.around(base, empty, f"round {round_number + 1}").for_budget(empty.budget)
@@ -213,10 +212,6 @@ class _Search:
             assign(self.model, self.everywhere(candidate))
             self.journal.add(key, step_seconds(self.model, self.probes[0].ids[:-1]))
         return float(self.journal.known[key])
-
-    def _distance(self, priced: Plan, candidate: Candidate) -> float:
-        price = priced.fixed_price + sum(layer.prices[candidate.name] for layer in priced.layers)
-        return abs(price - priced.budget.limit)
 
     def _key(self, choice: Choice) -> str:
         return ",".join(choice[index].name for index in self.layers)

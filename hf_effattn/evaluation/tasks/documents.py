@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from ..base import TASKS, Example
 from ..documents import SHOWN
-from ..metrics import RougeL, TokenF1
+from ..metrics import ExactMatch, RougeL, StringMatchPart, TokenF1, first_line
 from ..texts import counted, were
 from .drawn import DrawnTask
 
@@ -16,12 +16,19 @@ Build = Callable[[int], tuple[str, dict[str, Any]]]  # a prompt by its size, and
 
 
 class RowsTask(DrawnTask):
-    """Makes examples of the rows of the documents, in random order. Details tell the row."""
+    """Makes examples of the rows of the documents, in random order. Details tell the row.
 
+    An answer is a few words in one line, unless `is_short` is False. Its score is the F1 of words of SQuAD (Rajpurkar
+    2016, arXiv 1606.05250), with the best reference; beside it stand the exact match of SQuAD, and RULER's match of any
+    reference, anywhere in what was generated.
+    """
+
+    metric = TokenF1
+    score_name = "F1"
     prompt: ClassVar[str]
     prefix: ClassVar[str]
     needs_question: ClassVar[bool] = True
-    needs_whole_answer: ClassVar[bool] = True  # whether an answer that is cut can't be right
+    is_short: ClassVar[bool] = True  # so an answer that is cut can't be right, and what follows in new lines is ignored
 
     def examples(self, length: int, number: int) -> list[Example]:
         """Return `number` examples, or as many as the rows give; the notes tell how many were left out or cut.
@@ -74,6 +81,17 @@ class RowsTask(DrawnTask):
     def as_example(self, row: int, prompt: str, details: dict[str, Any]) -> Example:
         return Example(prompt, tuple(self.rows[row]["answers"]), self.prefix, {"row": row, **details})
 
+    def score(self, example: Example, answer: str) -> float:
+        return super().score(example, first_line(answer) if self.is_short else answer)
+
+    def further(self, example: Example, answer: str) -> dict[str, float]:
+        if not self.is_short:
+            return {}
+        return {
+            "exact match": ExactMatch.one(first_line(answer), example.references),
+            "string match (any)": StringMatchPart.one(answer, example.references),
+        }
+
     @cached_property
     def rows(self) -> dict[int, dict[str, Any]]:
         """The rows that are as they should be, by number; the notes tell of others."""
@@ -108,7 +126,7 @@ class RowsTask(DrawnTask):
             return f"question must be a text that is not empty; got {question!r}"
         if not isinstance(answers, (list, tuple)) or not answers or not all(isinstance(x, str) and x for x in answers):
             return f"answers must be a list of texts that are not empty; got {answers!r}"
-        least = min(map(self.material.count_tokens, answers)) if self.needs_whole_answer else 0
+        least = min(map(self.material.count_tokens, answers)) if self.is_short else 0
         if least > self.max_new_tokens:
             return f"the shortest answer has {least} tokens; at most {self.max_new_tokens} are generated"
         return ""
@@ -157,10 +175,8 @@ class OneDocument(RowsTask):
 @TASKS.register("documents")
 class Documents(OneDocument):
     """Questions about the given documents, one document and question an example. The score is the F1 of words of SQuAD
-    (Rajpurkar 2016, arXiv 1606.05250), with the best of the answers."""
+    (Rajpurkar 2016, arXiv 1606.05250), with the best of the answers, of the first line that is generated."""
 
-    metric = TokenF1
-    score_name = "F1"
     max_new_tokens = 32
     prompt = (
         "Read the following text and answer the question about it with as few words as you can, without any "
@@ -178,7 +194,7 @@ class Summaries(OneDocument):
     score_name = "ROUGE-L"
     max_new_tokens = 256
     needs_question = False
-    needs_whole_answer = False
+    is_short = False
     default_question = "Summarize the text."
     prompt = (
         "Read the following text. Then follow the instruction, or answer the question, in a paragraph.\n\n{document}"

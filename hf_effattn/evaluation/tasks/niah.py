@@ -11,15 +11,17 @@ from ..haystack import Draws, hide, keys, numbers, sentences, stretch, uuids
 from .drawn import DrawnTask, even_depth
 
 GRID = 40  # depths, equally spaced, that several needles are drawn from
-PROMPTS = {  # whether several values are asked for
-    False: "A special magic {kind} is hidden in the following text. Memorize it; I will ask you for it afterwards.\n"
-    "{text}\nWhat is the special magic {kind} for {keys} mentioned in the text?",
-    True: "Some special magic {kind}s are hidden in the following text. Memorize them; I will ask you for them "
-    "afterwards.\n{text}\nWhat are all the special magic {kind}s for {keys} mentioned in the text?",
+PROMPTS = {  # whether several values are asked for; in RULER's words, since scores depend on them
+    False: "A special magic {kind} is hidden within the following text. Make sure to memorize it. I will quiz you "
+    "about the {kind} afterwards.\n{text}\n"
+    "What is the special magic {kind} for {keys} mentioned in the provided text?",
+    True: "Some special magic {kind}s are hidden within the following text. Make sure to memorize it. I will quiz you "
+    "about the {kind}s afterwards.\n{text}\n"
+    "What are all the special magic {kind}s for {keys} mentioned in the provided text?",
 }
 PREFIXES = {
-    False: " The special magic {kind} for {keys} mentioned in the text is",
-    True: " The special magic {kind}s for {keys} mentioned in the text are",
+    False: " The special magic {kind} for {keys} mentioned in the provided text is",
+    True: " The special magic {kind}s for {keys} mentioned in the provided text are",
 }
 
 

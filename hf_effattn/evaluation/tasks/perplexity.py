@@ -17,7 +17,8 @@ FIRST_BUCKET = 64
 
 class PassageTask(Task):
     """A task about how likely passages are: `length` tokens of the text each, spread evenly over it; they overlap where
-    the text is short."""
+    the text is short. Whatever the model reads begins with BOS if the tokenizer lets texts begin so; else its first
+    token is read but not predicted."""
 
     score_name = "perplexity"
     higher_is_better = False
@@ -37,10 +38,15 @@ class PassageTask(Task):
 
     def ids(self, subject: Subject, example: Example, length: int) -> torch.Tensor:
         """Return `length + 1` tokens of a passage: `length` to read, and as many to predict."""
-        ids = subject.ids(example.prompt)
+        ids = subject.begun(subject.ids(example.prompt))
         if len(ids) <= length:
             raise ValueError(f"a passage of {length + 1} words has {len(ids)} tokens only")
         return ids[: length + 1]
+
+    def losses_alone(self, subject: Subject, ids: torch.Tensor) -> torch.Tensor:
+        """Return the losses of a stretch of a passage read by itself: of each token after the first, which makes way
+        for BOS where texts begin with it."""
+        return subject.losses(subject.begun(ids[len(subject.first_tokens) :]))
 
 
 def by_position(losses: torch.Tensor) -> dict[str, list[float]]:
@@ -80,7 +86,7 @@ class Perplexity(PassageTask):
         done = min(longest, total)
         while done < total:
             end = min(done + longest // 2, total)
-            found.append(subject.losses(ids[end - longest : end + 1])[done - end :])
+            found.append(self.losses_alone(subject, ids[end - longest : end + 1])[done - end :])
             done = end
         return torch.cat(found)
 
@@ -106,7 +112,8 @@ class CachedPerplexity(Perplexity):
 class ContextGain(PassageTask):
     """How much a long context helps: nats by which the last quarter of a passage is likelier when the model reads all
     of the passage than when it reads windows of a sixteenth. Records hold the perplexity for windows of a sixteenth, a
-    quarter, and the whole; each window stands behind one token more. The ratio to dense is the gain retained."""
+    quarter, and the whole; each window stands behind one token more, or BOS. The ratio to dense is the gain
+    retained."""
 
     score_name = "gain [nats]"
     higher_is_better = True
@@ -123,7 +130,7 @@ class ContextGain(PassageTask):
                     losses = subject.losses(ids)[-targets:]
                 else:
                     starts = range(len(ids) - 1 - targets, len(ids) - 1, context)
-                    losses = torch.cat([subject.losses(ids[s : s + context + 1]) for s in starts])
+                    losses = torch.cat([self.losses_alone(subject, ids[s : s + context + 1]) for s in starts])
                 means[context] = float(losses.double().mean())
             shortest, longest = means[length // 16], means[length]
             yield {

@@ -12,11 +12,11 @@ from .drawn import DrawnTask
 HOPS = 4
 SHOWN = 5  # paragraphs of noise in the question that is shown with its answer
 PROMPT = (
-    "Memorize and track the chain of variable assignments hidden in the following text.\n\n{text}\n"
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{text}\n"
     "Question: Find all variables that are assigned the value {value} in the text above."
 )
 PREFIX = (
-    " Answer: According to the chain of variable assignments in the text above, {number} variables are assigned the "
+    " Answer: According to the chain(s) of variable assignment in the text above, {number} variables are assigned the "
     "value {value}, they are:"
 )
 
@@ -46,7 +46,7 @@ class VariableTracking(DrawnTask):
 
 def _question(names: Sequence[str], value: str, size: int, depths: Sequence[float]) -> tuple[str, str]:
     """Return the prompt about a chain in `size` paragraphs of noise, and how the answer begins."""
-    chain = [f"VAR {names[0]} = {value}."]
-    chain += [f"VAR {name} = VAR {before}." for before, name in zip(names, names[1:], strict=False)]
+    chain = [f"VAR {names[0]} = {value}"]
+    chain += [f"VAR {name} = VAR {before}" for before, name in zip(names, names[1:], strict=False)]
     text, _ = hide([" ".join(NOISE)] * size, chain, depths, "\n")
     return PROMPT.format(text=text, value=value), PREFIX.format(number=len(names), value=value)

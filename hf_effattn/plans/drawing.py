@@ -7,7 +7,7 @@ from typing import Any
 
 from ..plotting import new_figure
 from .budget import BYTES, Budget
-from .plans import DENSE, PLAN, Plan
+from .plan import DENSE, PLAN, Plan
 
 POINTS = 60
 
