@@ -14,32 +14,15 @@ from typing import Any
 
 import models
 import torch
-from accelerate import Accelerator, DistributedType
 from accelerate.utils import set_seed
 from data import open_data
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from runs import Run
+from runs import TEACHER, Run, accelerator_of
 from settings import DistillConfig, read_config
 from stages import Stage, checkpointed, frozen_in_bf16, groups_of, lora, train
-from torch import nn
 from torch.nn.functional import cross_entropy
 
 from hf_effattn import recovery
-
-WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # each process has all weights
-
-
-class Transfer(nn.Module):
-    """The losses of attention transfer `[layers]`, as a module, so that its gradients are exchanged."""
-
-    def __init__(self, student: nn.Module, teacher: Any) -> None:
-        super().__init__()
-        self.student, self.hidden = student, (teacher,)  # a tuple: the teacher is no part of it
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        # Row by row, since errors are relative to the size of what is compared: no row counts more in larger batches.
-        found = [recovery.transfer_losses(self.student, *self.hidden, row) for row in input_ids.split(1)]
-        return torch.stack([torch.stack(list(losses.values())) for losses in found]).mean(dim=0)
 
 
 class Distillation:
@@ -52,18 +35,7 @@ class Distillation:
 
     def __init__(self, config: DistillConfig, load: Any) -> None:
         self.config = config
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if config.bf16 else "no",
-            log_with=config.trackers or None,
-            project_dir=config.out,
-            step_scheduler_with_optimizer=False,  # or the schedule would run faster in more processes
-        )
-        if self.accelerator.distributed_type not in WHOLE:
-            raise ValueError("the teacher shares the student's weights, which must not be sharded: use DDP")
-        if config.batch_size % self.accelerator.num_processes:
-            raise ValueError(
-                f"batch_size={config.batch_size} is no multiple of {self.accelerator.num_processes} processes"
-            )
+        self.accelerator = accelerator_of(config)
         self.run = Run(self.accelerator, config)
         set_seed(config.seed)
         self.student, tokenizer = load(config.model)
@@ -72,21 +44,32 @@ class Distillation:
         self.student.eval().to(self.accelerator.device).convert_attention(config.mechanism, **config.options)
         if config.bf16:
             frozen_in_bf16(self.student)
-        self.teacher = recovery.shared_teacher(self.student)
+        recovery.freeze_base(self.student)
+        self.kept_logits = None
+        if config.cached_logits is not None:
+            teacher, folder = f"{config.model} bf16={config.bf16}", self.run.folder / TEACHER
+            self.kept_logits = recovery.KeptLogits(folder, config.cached_logits, config.temperature, teacher)
 
     def calibrate(self) -> None:
         c = self.config
         batches = [
             rows.to(self.accelerator.device) for rows in islice(self.data.batches(c.lengths[0], 1), c.calibration)
         ]
-        recovery.calibrate(self.student, self.teacher, batches)
+        recovery.calibrate(self.student, batches)
 
     def transfer(self) -> Stage:
         c = self.config
         groups = [{"params": [p for p in self.student.parameters() if p.requires_grad], "lr": c.transfer_lr}]
-        module = Transfer(self.student, self.teacher)
         narrow, first = lambda step: c.transfer_window, c.lengths[:1]
-        return Stage("transfer", 0, c.transfer_steps, module, groups, lambda m, ids: m(ids), first, narrow)
+        losses = self.transfer_losses
+        return Stage("transfer", 0, c.transfer_steps, self.student, groups, losses, first, narrow, wrapped=False)
+
+    def transfer_losses(self, student: Any, ids: torch.Tensor) -> torch.Tensor:
+        """Return the losses of attention transfer `[layers]`."""
+        # Row by row, since errors are relative to the size of what is compared: no row counts more in larger batches.
+        with self.accelerator.autocast():
+            found = [recovery.transfer_losses(student, row) for row in ids.split(1)]
+        return torch.stack([torch.stack(list(losses.values())) for losses in found]).mean(dim=0)
 
     def distill(self) -> Stage:
         c = self.config
@@ -105,13 +88,24 @@ class Distillation:
     def losses(self, student: Any, ids: torch.Tensor) -> torch.Tensor:
         """Return forward KL, and weighted reverse KL, as a tensor `[2]`."""
         c = self.config
+        wanted = self.wanted(student, ids)  # first, while the student keeps no activations
         logits = student(input_ids=ids, use_cache=False).logits
-        with torch.no_grad(), self.accelerator.autocast():
-            wanted = self.teacher(input_ids=ids, use_cache=False).logits
         forward = recovery.forward_kl(logits, wanted, c.temperature)
         if not c.reverse_weight:
             return torch.stack((forward, forward.new_zeros(())))
         return torch.stack((forward, c.reverse_weight * recovery.reverse_kl(logits, wanted, c.temperature)))
+
+    def wanted(self, student: Any, ids: torch.Tensor) -> Any:
+        """Return the logits of the teacher, or the largest of them where these are kept."""
+        kept = self.kept_logits
+        if kept is not None:
+            found = kept.get(ids)
+            # All processes ask the teacher, or none does: each may have only a part of its weights.
+            if self.accelerator.reduce(torch.tensor(float(found is not None), device=ids.device), "mean") == 1.0:
+                return found
+        with recovery.as_teacher(self.student):
+            logits = student(input_ids=ids, use_cache=False).logits
+        return logits if kept is None else kept.put(ids, logits)
 
     @torch.no_grad()
     def validate(self, step: int) -> None:
@@ -119,7 +113,9 @@ class Distillation:
         found = []
         for ids in self.kept.to(self.accelerator.device).split(1):
             with self.accelerator.autocast():
-                own, wanted = (m(input_ids=ids, use_cache=False).logits for m in (self.student, self.teacher))
+                own = self.student(input_ids=ids, use_cache=False).logits
+                with recovery.as_teacher(self.student):
+                    wanted = self.student(input_ids=ids, use_cache=False).logits
             losses = [cross_entropy(x[0, :-1].float(), ids[0, 1:]) for x in (own, wanted)]
             found.append(torch.stack((recovery.forward_kl(own, wanted), *losses)))
         if found:
@@ -127,8 +123,8 @@ class Distillation:
             self.run.log(stage="validation", step=step, kl=kl, loss=loss, teacher_loss=teacher)
 
     def save(self) -> None:
-        if self.accelerator.is_main_process:
-            recovery.save_adapter(self.student, self.run.folder / "adapter", base=self.config.model)
+        writes = self.accelerator.is_main_process
+        recovery.save_adapter(self.student, self.run.folder / "adapter", self.config.model, is_main_process=writes)
 
     def stages(self) -> Iterator[Stage]:
         """Yield the stages that are not done, each made when those before it are."""

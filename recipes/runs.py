@@ -9,13 +9,38 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+import torch
+from accelerate import Accelerator, DistributedType
 from accelerate.tracking import get_available_trackers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hf_effattn.recovery.sharding import shared_as, whole
+
 FREE = ("out", "resume", "save_every", "validate_every", "trackers")  # what may change between a run and its resume
-TRAINED = "trained.safetensors"
+TRAINED, OPTIMIZER = "trained.safetensors", "optimizer.pt"
+TEACHER = "teacher"  # what is kept of its logits
+WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # weights in each process
+
+
+def accelerator_of(config: Any) -> Accelerator:
+    """Return the accelerator of a run.
+
+    Raises:
+        ValueError: if its processes cannot share the batches, or are launched in another way than alone, DDP and FSDP2.
+    """
+    accelerator = Accelerator(
+        mixed_precision="bf16" if config.bf16 else "no",
+        log_with=config.trackers or None,
+        project_dir=config.out,
+        step_scheduler_with_optimizer=False,  # or the schedule would run faster in more processes
+    )
+    if accelerator.distributed_type not in WHOLE and not accelerator.is_fsdp2:
+        kind = accelerator.distributed_type.value
+        raise ValueError(f"distributed_type={kind}; valid: NO, MULTI_CPU, MULTI_GPU, and FSDP with fsdp_version: 2")
+    if config.batch_size % accelerator.num_processes:
+        raise ValueError(f"batch_size={config.batch_size} is no multiple of {accelerator.num_processes} processes")
+    return accelerator
 
 
 class Run:
@@ -48,8 +73,6 @@ class Run:
         if accelerator.is_main_process:
             self._begin(settings, config.resume)
         accelerator.wait_for_everyone()
-        accelerator.register_save_state_pre_hook(self._save_trained)
-        accelerator.register_load_state_pre_hook(self._load_trained)
         accelerator.init_trackers("hf_effattn", {key: str(value) for key, value in settings.items()})
 
     @property
@@ -75,30 +98,53 @@ class Run:
         numbers = {f"{entry['stage']}/{key}": value for key, value in entry.items() if isinstance(value, float)}
         self.accelerator.log(numbers, step=entry["step"])
 
-    def save(self, step: int) -> Path:
-        """Save everything that step `step` left, under a name that only complete checkpoints have; return where."""
+    def save(self, step: int, model: nn.Module, optimizer: Any, scheduler: Any) -> Path:
+        """Save what step `step` left, under a name that only complete checkpoints have; return where.
+
+        What is trained is saved whole, so that a run can go on in another number of processes.
+        """
         partial, path = self.folder / "partial", self.folder / f"checkpoint-{step:06d}"
+        tensors = {name: whole(tensor).contiguous() for name, tensor in self._trained(model).items()}
+        state = optimizer.state_dict()
+        slots = {number: {name: whole(x) for name, x in slot.items()} for number, slot in state["state"].items()}
         if self.accelerator.is_main_process:
             shutil.rmtree(partial, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(partial))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+            partial.mkdir()
+            save_file(tensors, partial / TRAINED)
+            states = {"optimizer": {**state, "state": slots}, "scheduler": scheduler.state_dict()}
+            torch.save(states, partial / OPTIMIZER)
             os.replace(partial, path)
             for old in self.checkpoints[: -self.keep]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
         return path
 
-    def load(self) -> None:
+    def load(self, model: nn.Module, optimizer: Any, scheduler: Any) -> None:
         """Go back to the newest checkpoint."""
-        self.accelerator.load_state(str(self.checkpoint))
+        assert self.checkpoint is not None
+        saved, own = load_file(self.checkpoint / TRAINED), self._trained(model)
+        if saved.keys() != own.keys():
+            names = ", ".join(sorted(saved.keys() ^ own.keys())[:5])
+            raise ValueError(f"{self.checkpoint} is of another model: {names}")
+        for name, tensor in own.items():
+            tensor.copy_(shared_as(saved[name], tensor))
+        states = torch.load(self.checkpoint / OPTIMIZER, map_location="cpu", weights_only=True)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for number, slot in states["optimizer"]["state"].items():
+            for name, x in slot.items():
+                slot[name] = shared_as(x, parameters[number]) if x.shape == parameters[number].shape else x
+        optimizer.load_state_dict(states["optimizer"])
+        scheduler.load_state_dict(states["scheduler"])
+
+    def _trained(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        named = self.accelerator.unwrap_model(model).named_parameters()
+        return {name: p.detach() for name, p in named if p.requires_grad}
 
     def _begin(self, settings: dict[str, Any], resume: bool) -> None:
         """Make the folder, with the checkpoints and lines of the log that the run goes on from, or none."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in [] if resume else self.checkpoints:
-            shutil.rmtree(path)
+        for path in [] if resume else [*self.checkpoints, self.folder / TEACHER]:
+            shutil.rmtree(path, ignore_errors=True)
         log, kept = self.folder / "log.jsonl", []
         for line in log.read_text().splitlines() if log.exists() and self.checkpoint else []:
             try:
@@ -107,23 +153,3 @@ class Run:
                 continue
         log.write_text("".join(kept))
         (self.folder / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
-
-    def _save_trained(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        """Save what is trained in place of all weights."""
-        weights.clear()
-        if self.accelerator.is_main_process:
-            tensors = _trained(self.accelerator.unwrap_model(models[0]))
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(folder, TRAINED))
-
-    def _load_trained(self, models: list[nn.Module], folder: str) -> None:
-        model = self.accelerator.unwrap_model(models[0])
-        models.clear()
-        saved, own = load_file(Path(folder, TRAINED)), _trained(model)
-        if saved.keys() != own.keys():
-            raise ValueError(f"{folder} is of another model: {', '.join(sorted(saved.keys() ^ own.keys())[:5])}")
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])
-
-
-def _trained(model: nn.Module) -> dict[str, Any]:
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}

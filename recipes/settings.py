@@ -51,6 +51,7 @@ class DistillConfig(RecipeConfig):
     calibration: windows to set the biases on; transfer_steps, transfer_lr: attention transfer,
     with a softmax window of transfer_window, 0 for the linear part alone (null: that of the options)
     distill_steps, lora_lr, effattn_lr, temperature, reverse_weight: distillation, by forward KL + weight × reverse KL
+    cached_logits: largest logits of the teacher to keep in out/teacher, which reads each window once (null: all, never)
     lora_rank, lora_alpha, lora_mlp: the adapter, on the projections of attention, or of all layers
     window_dropout, windows: how often the softmax window is narrowed, and to what
     warmup: part of the steps; max_norm: of gradients; bf16; gradient_checkpointing; seed
@@ -68,10 +69,18 @@ class DistillConfig(RecipeConfig):
     transfer_window: int | None = None
     distill_steps: int = 200
     temperature: float = 1.0
+    cached_logits: int | None = None
     reverse_weight: float = 0.0
     window_dropout: float = 0.5
     windows: list[int] = field(default_factory=lambda: [0, 1, 8, 16])
     out: str = "recover_output"
+
+    def __post_init__(self) -> None:
+        if self.cached_logits is not None and self.reverse_weight:
+            raise ValueError(
+                f"reverse_weight={self.reverse_weight} takes all logits, cached_logits={self.cached_logits} keeps the "
+                "largest; valid: reverse_weight=0 or cached_logits=null"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

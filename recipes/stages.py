@@ -10,6 +10,7 @@ from itertools import islice
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from runs import Run
 from torch import nn
@@ -34,6 +35,8 @@ class Stage:
         losses: Of the module as accelerate wraps it and a batch; parts `[P]`, whose sum is the loss.
         lengths: Of the texts, one after the other.
         window: Of a step of the stage; None for the full one.
+        wrapped: Whether accelerate wraps the module, for DDP or FSDP2. If not, each process has all of it, and losses
+            may call its parts.
     """
 
     name: str
@@ -44,6 +47,7 @@ class Stage:
     losses: Callable[[Any, torch.Tensor], torch.Tensor]
     lengths: list[int]
     window: Callable[[int], int | None] = lambda step: None
+    wrapped: bool = True
 
     def batches(self, data: Any, rows: int, done: int) -> Iterator[torch.Tensor]:
         """Yield the batches after step `done` of the run."""
@@ -61,13 +65,10 @@ def train(run: Run, stage: Stage, data: Any) -> Iterator[tuple[int, float]]:
     A batch is for all processes together, of which each takes its share, so their number changes nothing.
     """
     config, accelerator = run.config, run.accelerator
-    optimizer = torch.optim.AdamW(stage.groups, weight_decay=0.0)
-    parameters = [p for group in stage.groups for p in group["params"]]
-    steps = stage.end - stage.begin
-    scheduler = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * steps), steps)
-    module, optimizer, scheduler = accelerator.prepare(stage.module, optimizer, scheduler)
+    module, optimizer, scheduler = prepared(stage, config, accelerator)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if run.step > stage.begin:
-        run.load()
+        run.load(module, optimizer, scheduler)
     guard = Guard()
     for step, batch in enumerate(stage.batches(data, config.batch_size, run.step), max(run.step, stage.begin) + 1):
         started, window = time.perf_counter(), stage.window(step - stage.begin - 1)
@@ -76,10 +77,13 @@ def train(run: Run, stage: Stage, data: Any) -> Iterator[tuple[int, float]]:
         with narrowed(stage.module, window) if window is not None else nullcontext():
             micro = share.split(config.micro_batch_size)
             for index, rows in enumerate(micro):
-                with nullcontext() if index == len(micro) - 1 else accelerator.no_sync(module):
+                last = index == len(micro) - 1
+                with nullcontext() if last or not stage.wrapped else accelerator.no_sync(module):
                     found = stage.losses(module, rows) * (len(rows) / len(share))
                     accelerator.backward(found.sum())
                 parts = parts + found.detach().float()
+        if not stage.wrapped:
+            average_gradients(parameters, accelerator)
         norm = float(accelerator.clip_grad_norm_(parameters, config.max_norm))
         losses: list[float] = accelerator.reduce(parts, "mean").tolist()
         # Gradients that are no numbers stop the run as a loss would, before they reach the parameters.
@@ -92,8 +96,26 @@ def train(run: Run, stage: Stage, data: Any) -> Iterator[tuple[int, float]]:
         run.log(**entry, lr=rate, window=window, tokens=batch.numel(), seconds=seconds)
         yield step, sum(losses)
         if step % config.save_every == 0 or step == stage.end:
-            run.save(step)
+            run.save(step, module, optimizer, scheduler)
     accelerator.free_memory(module, optimizer, scheduler)
+
+
+def prepared(stage: Stage, config: Any, accelerator: Accelerator) -> tuple[Any, Any, Any]:
+    """Return the module of a stage, its optimizer and its schedule, as accelerate wraps them."""
+    optimizer = torch.optim.AdamW(stage.groups, weight_decay=0.0)
+    steps = stage.end - stage.begin
+    scheduler = get_cosine_schedule_with_warmup(optimizer, round(config.warmup * steps), steps)
+    if not stage.wrapped:
+        return stage.module, optimizer, scheduler
+    found: tuple[Any, Any, Any] = accelerator.prepare(stage.module, optimizer, scheduler)
+    return found
+
+
+def average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+    """Let all processes have the mean of their gradients, as DDP does."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad = accelerator.reduce(parameter.grad, "mean")
 
 
 def checkpointed(model: Any) -> None:

@@ -73,6 +73,11 @@ def test_words_are_compared_as_in_squad() -> None:
     assert metrics.TokenF1.one("the", ["cat"]) == 0.0
 
 
+def test_a_short_answer_ends_with_its_line() -> None:
+    assert metrics.first_line(" \nParis \nQuestion: Who?\n") == "Paris "
+    assert metrics.first_line("\n") == ""
+
+
 def test_rouge_takes_the_best_reference_and_stems() -> None:
     assert metrics.RougeL.one("running dogs", ["cats", "run dog"]) == 1.0
     assert metrics.RougeL.one("a b c d", ["a x b y"]) == pytest.approx(0.5)

@@ -1,31 +1,41 @@
-"""Recovery: a teacher that shares weights, transfer and distillation losses against plain ones, calibration, windows,
+"""Recovery: the model as its own teacher, transfer and distillation losses against plain ones, calibration, windows,
 divergence."""
 
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 from matrix import shake, tiny_model, tokens
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from hf_effattn import LinearConfig
+from hf_effattn.integration.binding import bind_cache
 from hf_effattn.recovery import (
     Diverged,
     Guard,
+    KeptLogits,
     TopK,
     WindowDropout,
+    as_teacher,
     calibrate,
     forward_kl,
+    freeze_base,
     in_groups,
     losses,
     narrowed,
     reverse_kl,
-    shared_teacher,
+    save_adapter,
     transfer_losses,
 )
 from hf_effattn.recovery.calibration import BIASES
+from hf_effattn.recovery.teacher import converted_layers
 
 on_every_model = pytest.mark.parametrize("model", ["llama-gqa", "gpt2"])
 WINDOW = {"window": 6, "num_sinks": 2}
@@ -35,25 +45,63 @@ def student(model: str = "llama-gqa", **options: Any) -> Any:
     return shake(tiny_model(model).convert_attention("linear", **{**WINDOW, **options}))
 
 
-@on_every_model
-def test_a_teacher_is_the_dense_model_without_memory_of_its_own(model: str) -> None:
-    net, ids = student(model), tokens(2, 40)
-    before = net(ids).logits
-    teacher = shared_teacher(net)
-    torch.testing.assert_close(teacher(ids).logits, tiny_model(model)(ids).logits, atol=0.0, rtol=0.0)
-    assert torch.equal(net(ids).logits, before)
-    own = {p.data_ptr() for p in net.parameters()}
-    assert all(p.data_ptr() in own for p in teacher.parameters())
-    assert {name for name, p in net.named_parameters() if p.requires_grad} == {
-        name for name, _ in net.named_parameters() if ".effattn." in name
-    }
-    with pytest.raises(ValueError, match="its own teacher"):
-        shared_teacher(teacher)
-    from peft import LoraConfig, get_peft_model
+def held(net: Any) -> Any:
+    """All that a teacher must leave as it was."""
+    modules = {name: (type(m), m.training, getattr(m, "config", None)) for name, m in net.named_modules()}
+    tensors = {name: (id(x), x.requires_grad, x._version) for name, x in net.named_parameters()}
+    return modules, tensors, net.config.to_json_string()
 
-    adapted = get_peft_model(net, LoraConfig(target_modules="all-linear"))
-    with pytest.raises(ValueError, match="carries an adapter"):
-        shared_teacher(adapted.get_base_model())
+
+def dense(model: str) -> Any:
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(families.tiny_config(model)).eval()
+
+
+@pytest.mark.parametrize("options", [{}, {"layers": [0]}, {"recurrence": "gla"}], ids=str)
+@pytest.mark.parametrize("model", ["llama", "gpt2", "gptj"])
+def test_a_teacher_is_the_dense_model_and_then_the_student_is_back(model: str, options: dict[str, Any]) -> None:
+    net, other = shake(dense(model).convert_attention("linear", **WINDOW, **options)), dense(model)
+    ids = tokens(2, 40)
+    mask = torch.ones_like(ids).index_fill(1, torch.arange(3), 0)
+    state, given = held(net), net(ids, attention_mask=mask).logits
+    with as_teacher(net):
+        for keywords in ({}, {"attention_mask": mask}, {"use_cache": False}):
+            torch.testing.assert_close(net(ids, **keywords).logits, other(ids, **keywords).logits, atol=0.0, rtol=0.0)
+        assert torch.equal(*(m.generate(ids, max_new_tokens=4, do_sample=False) for m in (net, other)))
+        with pytest.raises(ValueError, match="its own teacher"), as_teacher(net):
+            pass
+    assert held(net) == state
+    assert torch.equal(net(ids, attention_mask=mask).logits, given)
+    with pytest.raises(RuntimeError), as_teacher(net):
+        raise RuntimeError
+    assert held(net) == state
+
+
+def test_a_teacher_has_no_adapter_and_no_dropout() -> None:
+    net, ids = student("gpt2"), tokens(2, 40)
+    config = LoraConfig(fan_in_fan_out=True, lora_dropout=0.5, modules_to_save=["effattn", "ln_f"])
+    tuned = get_peft_model(net, config).train()
+    with torch.no_grad():
+        for parameter in tuned.parameters():
+            parameter.add_(0.1 if parameter.requires_grad else 0.0)
+    state = held(tuned)
+    with as_teacher(tuned):
+        found = tuned(ids).logits
+    assert torch.equal(found, tiny_model("gpt2")(ids).logits)
+    assert not found.requires_grad
+    assert held(tuned) == state
+    assert not torch.allclose(tuned.eval()(ids).logits, found, atol=0.1)
+
+
+def test_adapters_that_a_teacher_cannot_leave_out_are_refused() -> None:
+    merged = get_peft_model(student(), LoraConfig(target_modules=["q_proj"]))
+    merged.merge_adapter()
+    with pytest.raises(ValueError, match=r"layers.0.self_attn.q_proj is merged into the teacher"), as_teacher(merged):
+        pass
+    prompt = get_peft_model(student(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match="of type PROMPT_TUNING adds tokens"), as_teacher(prompt):
+        pass
+    assert all(bind_cache in m._forward_pre_hooks.values() for m in converted_layers(prompt).values())
 
 
 @pytest.mark.parametrize("kind", ["output", "weights"])
@@ -61,25 +109,25 @@ def test_a_teacher_is_the_dense_model_without_memory_of_its_own(model: str) -> N
 def test_transfer_is_zero_where_nothing_was_changed_and_reaches_maps_only(model: str, kind: str) -> None:
     ids = tokens(2, 40)
     same = student(model, window=64)
-    for loss in transfer_losses(same, shared_teacher(same), ids, kind).values():
+    for loss in transfer_losses(same, ids, kind).values():
         assert float(loss.detach()) < 1e-5
     net = student(model)
-    losses = transfer_losses(net, shared_teacher(net), ids, kind)
+    freeze_base(net)
+    losses = transfer_losses(net, ids, kind)
     assert list(losses) == list(range(net.config.num_hidden_layers))
     assert all(float(loss.detach()) > 1e-4 for loss in losses.values())
     sum(losses.values()).backward()
     for name, parameter in net.named_parameters():
         assert (parameter.grad is not None and bool(parameter.grad.any())) == (".effattn." in name), name
     with pytest.raises(ValueError, match="unknown kind of attention transfer 'both'; valid: output, weights"):
-        transfer_losses(net, shared_teacher(net), ids, "both")
+        transfer_losses(net, ids, "both")
 
 
 def test_transfer_is_the_error_of_the_first_layer_on_its_own_input() -> None:
-    net, ids = student(), tokens(2, 40)
-    teacher, found = shared_teacher(net), []
+    net, teacher, ids, found = student(), tiny_model("llama-gqa"), tokens(2, 40), []
     for each in (net, teacher):
         each.model.layers[0].self_attn.register_forward_hook(lambda _, __, output: found.append(output[0]))
-    losses = transfer_losses(net, teacher, ids)
+    losses = transfer_losses(net, ids)
     found.clear()
     with torch.no_grad():  # the first layer has the same input in both
         net(ids)
@@ -91,11 +139,11 @@ def test_transfer_is_the_error_of_the_first_layer_on_its_own_input() -> None:
 def test_transfer_training_brings_the_layers_closer() -> None:
     torch.manual_seed(0)
     net, ids = student(), tokens(4, 60)
-    teacher = shared_teacher(net)
+    freeze_base(net)
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-2)
     history = []
     for _ in range(30):
-        loss = sum(transfer_losses(net, teacher, ids).values())
+        loss = sum(transfer_losses(net, ids).values())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -122,6 +170,30 @@ def test_divergences_are_what_they_are_called(temperature: float) -> None:
     assert found <= float(forward) * (1 + 1e-5)
 
 
+def test_kept_logits_are_those_that_were_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, logits = tokens(3, 9), torch.randn(3, 9, 97)
+    kept = KeptLogits(tmp_path, 5, 2.0, "some model")
+    with monkeypatch.context() as patch:
+        patch.delattr(os, "replace")  # a kill
+        with pytest.raises(AttributeError):
+            kept.put(ids, logits)
+    assert kept.get(ids) is None
+    assert list(tmp_path.iterdir()) == []
+    expected = TopK.of(logits, 5, 2.0)
+    assert all(map(torch.equal, kept.put(ids[:2], logits[:2]), TopK(*(x[:2] for x in expected))))
+    assert kept.get(ids) is None  # the last text has not been read
+    kept.put(ids[2:], logits[2:])
+    found = kept.get(ids.flip(0))
+    assert found is not None
+    for given, wanted in zip(found, expected, strict=True):
+        assert torch.equal(given, wanted.flip(0))
+        assert given.dtype == wanted.dtype
+    for other in ((4, 2.0, "some model"), (5, 1.0, "some model"), (5, 2.0, "another")):
+        assert KeptLogits(tmp_path, *other).get(ids) is None
+    with pytest.raises(ValueError, match="number must be at least 1; got 0"):
+        KeptLogits(tmp_path, 0)
+
+
 @pytest.mark.parametrize("block", [1, 25, 1 << 21])
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_gradients_of_divergences_are_those_of_their_formulas(
@@ -140,14 +212,13 @@ def test_gradients_of_divergences_are_those_of_their_formulas(
 @on_every_model
 def test_calibration_takes_the_best_bias_of_each_head(model: str) -> None:
     net, batches = student(model), [tokens(2, 50, seed=seed) for seed in (1, 2)]
-    teacher = shared_teacher(net)
 
     def error() -> float:
         with torch.no_grad():
-            return float(sum(sum(transfer_losses(net, teacher, ids).values()) for ids in batches))
+            return float(sum(sum(transfer_losses(net, ids).values()) for ids in batches))
 
     before = error()
-    found = calibrate(net, teacher, batches)
+    found = calibrate(net, batches)
     assert sorted(found) == list(range(net.config.num_hidden_layers))
     for name, parameter in net.named_parameters():
         if name.endswith("effattn.bias"):
@@ -202,6 +273,11 @@ def test_divergence_names_step_parameter_and_checkpoint() -> None:
         net.model.layers[1].self_attn.effattn.bias[0] = math.inf
     with pytest.raises(Diverged, match=r"first parameter that is not finite is model.layers.1.self_attn.effattn.bias"):
         Guard().check(4, math.inf, net)
+
+
+def test_only_the_main_process_writes_an_adapter(tmp_path: Path) -> None:
+    save_adapter(student(), tmp_path / "other", is_main_process=False)
+    assert not (tmp_path / "other").exists()
 
 
 def test_layers_are_converted_in_groups() -> None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,29 +82,36 @@ def work(job: str, folder: str, changes: dict[str, Any]) -> None:
     sys.path.insert(0, str(RECIPES))
     import settings
 
-    stop = changes.pop("stop", None)
+    stop, leave, fsdp2 = (changes.pop(name, None) for name in ("stop", "leave", "fsdp2"))
+    if fsdp2:
+        always_fsdp2()
 
     def wait(step: int) -> None:
         if step == stop:
             print("waiting to be killed", flush=True)  # noqa: T201
             sys.stdin.read()
+        if step == leave:
+            sys.exit()
+
+    from distributed_worker import assert_sharded
 
     if job == "distill":
         import distill
 
+        class Watched(distill.Distillation):
+            def validate(self, step: int) -> None:
+                assert_sharded(self.student, bool(fsdp2) and step > self.config.transfer_steps)
+                super().validate(step)
+
+        distill.Distillation = Watched  # type: ignore[misc]
         distill.run(settings.DistillConfig(**{**SMALL, "out": folder, **changes}), load, wait)
     else:
         import finetune
-        from distributed_worker import assert_sharded
         from transformers import TrainerCallback
-
-        fsdp2 = changes.pop("fsdp2")
-        if fsdp2:
-            always_fsdp2()
 
         class Look(TrainerCallback):
             def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-                assert_sharded(model, fsdp2)
+                assert_sharded(model, bool(fsdp2))
 
         finetune.run(settings.FinetuneConfig(**{**TUNING, "out": folder, **changes}), load, [Look()])
 
@@ -361,6 +369,34 @@ def test_a_loss_that_is_no_number_stops_the_run(recipes: Any, tmp_path: Path, mo
         distill(recipes, tmp_path)
 
 
+def test_kept_logits_spare_the_teacher(recipes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_effattn.recovery import TopK
+
+    distill(recipes, tmp_path / "one", cached_logits=30)
+    kept = {path.name: load_file(path) for path in (tmp_path / "one" / "teacher").iterdir()}
+    assert sorted(len(x["values"]) for x in kept.values()) == [24] * 4 + [32] * 4  # the windows of distillation
+    shutil.copytree(tmp_path / "one" / "teacher", tmp_path / "two" / "teacher")
+    monkeypatch.delattr(TopK, "of")
+    distill(recipes, tmp_path / "two", cached_logits=30)
+    assert lines(tmp_path / "two") == lines(tmp_path / "one")
+    assert adapter(tmp_path / "two") == adapter(tmp_path / "one")
+    with pytest.raises(AttributeError):  # nothing is left of the former run
+        distill(recipes, tmp_path / "two", cached_logits=30, resume=False)
+    with pytest.raises(ValueError, match=r"reverse_weight=0.5 takes all logits, cached_logits=30 keeps the largest"):
+        distill(recipes, tmp_path / "three", cached_logits=30, reverse_weight=0.5)
+
+
+def test_other_launches_and_batches_are_refused(recipes: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import Accelerator, DistributedType
+
+    monkeypatch.setattr(Accelerator, "num_processes", 3)
+    with pytest.raises(ValueError, match="batch_size=2 is no multiple of 3 processes"):
+        distill(recipes, tmp_path)
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)  # of version 1
+    with pytest.raises(ValueError, match=r"distributed_type=FSDP; valid: NO, .*, and FSDP with fsdp_version: 2"):
+        distill(recipes, tmp_path)
+
+
 def finetune(recipes: Any, folder: Path, callbacks: Any = None, **changes: Any) -> Path:
     config = recipes("settings").FinetuneConfig(**{**TUNING, "out": str(folder), **changes})
     return recipes("finetune").run(config, load, callbacks)
@@ -409,10 +445,34 @@ def test_sigkill_is_survived(tmp_path: Path, at: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_does(recipes: Any, tmp_path: Path) -> None:
-    distill(recipes, tmp_path / "one", batch_size=4)
-    in_two("distill", tmp_path / "two", batch_size=4)
+@pytest.mark.parametrize(
+    ("fsdp2", "changes"),
+    [(False, {}), (True, {"gradient_checkpointing": True}), (True, {"cached_logits": 20})],
+    ids=["ddp", "fsdp2", "fsdp2 cached"],
+)
+def test_two_processes_distil_and_go_on_as_one_does(
+    recipes: Any, tmp_path: Path, fsdp2: bool, changes: dict[str, Any]
+) -> None:
+    distill(recipes, tmp_path / "one", batch_size=4, **changes)
+    for leave in (5, None):  # the second time from the checkpoint of step 4
+        in_two("distill", tmp_path / "two", fsdp2=fsdp2, leave=leave, batch_size=4, **changes)
+        kept = sorted((tmp_path / "two" / "teacher").glob("*"), key=lambda path: path.stat().st_mtime_ns)
+        for path in kept[-1:]:  # one process lacks of step 5 what the other has
+            path.unlink()
     assert_same(tmp_path / "two", tmp_path / "one")
+    assert_same_adapter(tmp_path / "two", tmp_path / "one")
+    shutil.rmtree(tmp_path / "two" / "checkpoint-000006")
+    distill(recipes, tmp_path / "two", batch_size=4, **changes)  # one process goes on from step 5 of two
+    assert_same(tmp_path / "two", tmp_path / "one")
+
+
+def assert_same_adapter(actual: Path, expected: Path) -> None:
+    """Both folders have adapters that load and hold the same numbers, up to rounding."""
+    from hf_effattn.recovery import load_adapter
+
+    found, wanted = (load_adapter(load("")[0], folder / "adapter").state_dict() for folder in (actual, expected))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.slow
@@ -421,18 +481,12 @@ def test_finetuning_in_two_processes_is_that_of_one(recipes: Any, tmp_path: Path
     recovered = {"adapter": str(distill(recipes, tmp_path / "recovered"))}
     finetune(recipes, tmp_path / "one", batch_size=2, **recovered)
     in_two("finetune", tmp_path / "two", fsdp2=fsdp2, **recovered)
-    losses, parameters = {}, {}
+    losses = {}
     for run in ("one", "two"):
         state = json.loads((tmp_path / run / "checkpoint-4" / "trainer_state.json").read_text())
         losses[run] = [x.get("loss", x.get("eval_loss")) for x in state["log_history"]]
-        files = sorted((tmp_path / run / "adapter").glob("*.safetensors"))
-        parameters[run] = {name: tensor for file in files for name, tensor in load_file(file).items()}
     assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
-    assert parameters["two"].keys() == parameters["one"].keys()
-    for name, tensor in parameters["one"].items():
-        torch.testing.assert_close(
-            parameters["two"][name], tensor, atol=1e-5, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
-        )
+    assert_same_adapter(tmp_path / "two", tmp_path / "one")
 
 
 def test_the_report_compares_the_recovered_model_with_its_parts(recipes: Any, tmp_path: Path) -> None:

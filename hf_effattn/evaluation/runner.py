@@ -16,7 +16,7 @@ from ..targets import find_targets, position_embeddings
 from .base import TASKS, Example, Material, Task
 from .report import Results
 from .subject import Subject
-from .variants import EVICTIONS_START_LATE, Variant, adapter_digest, as_variant, is_converted, mechanisms
+from .variants import EVICTIONS_START_LATE, Variant, as_variant, digest_of, is_converted, mechanisms
 
 RESULTS, SETTINGS = "results.jsonl", "settings.json"
 Key = tuple[str, str, int, int]  # variant, task, length, index of the example
@@ -221,7 +221,7 @@ class _Store:
     def has_same_adapters(self, variants: Sequence[Variant]) -> None:
         """Note what adapters the variants have; raise a ValueError if there are records of others of their names."""
         known = self.settings.setdefault("adapters", {})
-        found, recorded = {v.name: adapter_digest(v) for v in variants}, {key[0] for key in self.records}
+        found, recorded = {v.name: digest_of(v) for v in variants}, {key[0] for key in self.records}
         for name, digest in found.items():
             if name in recorded and known.get(name) != digest:
                 raise ValueError(f"{self.folder} holds results of other weights of {name}; give another folder")

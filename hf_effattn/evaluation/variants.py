@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -14,12 +15,13 @@ from transformers import PreTrainedModel
 from ..attention import HybridAttention
 from ..config import MechanismConfig, SparseConfig, config_from_dict, make_config
 from ..convert import convert_attention, revert_attention
+from ..plans import Plan
 from ..recovery import load_adapter
 from ..recovery.adapter_files import FILES, local, read
 from ..recovery.teacher import converted_layers, mechanism_of
 from ..targets import choose_layers, find_targets
 
-DENSE, ADAPTER = "dense", "adapter"
+DENSE, ADAPTER, PLAN = "dense", "adapter", "plan"
 PARTS = ("window", "linear")
 NO_PARTS = "only linear attention with a window has parts to leave out; no layer is of this kind"
 EVICTIONS_START_LATE = "Evictions start after the prompt: loglikelihoods are those of dense attention"
@@ -32,8 +34,8 @@ class Variant:
     Args:
         name: In reports.
         mechanism: "linear" or "sparse"; None for the model as it was given, DENSE for softmax attention, ADAPTER for
-            what `save_adapter` wrote.
-        options: Of the mechanism; of an adapter, its `folder`.
+            what `save_adapter` wrote, PLAN for what `Plan.save` wrote.
+        options: Of the mechanism; of an adapter, its `folder`; of a plan, its `file`.
         part: "window" or "linear" to leave only this part of linear layers with a window; None for both.
     """
 
@@ -45,7 +47,8 @@ class Variant:
     @classmethod
     def parse(cls, text: str) -> Variant:
         """Read what users type: `dense`, or a mechanism and its options as in
-        `sparse:window=512,num_sinks=4,keep_softmax=[0,5]`; values are JSON, or else words. Or `adapter:FOLDER`.
+        `sparse:window=512,num_sinks=4,keep_softmax=[0,5]`; values are JSON, or else words. Or `adapter:FOLDER`, or
+        `plan:FILE`.
 
         Raises:
             ValueError: if the text is not of this form.
@@ -55,10 +58,12 @@ class Variant:
             return cls(DENSE, DENSE)
         if mechanism == ADAPTER and rest:
             return cls(text, ADAPTER, {"folder": rest})
+        if mechanism == PLAN and rest:
+            return cls(text, PLAN, {"file": rest})
         if mechanism not in ("linear", "sparse"):
             raise ValueError(
-                "a variant is 'dense', 'adapter:FOLDER', or 'linear' or 'sparse' with options behind a colon; "
-                f"got {text!r}"
+                "a variant is 'dense', 'adapter:FOLDER', 'plan:FILE', or 'linear' or 'sparse' with options behind a "
+                f"colon; got {text!r}"
             )
         return cls(text, mechanism, dict(_option(part, text) for part in _split(rest)))
 
@@ -91,6 +96,8 @@ def mechanisms(model: PreTrainedModel, variant: Variant) -> list[MechanismConfig
         saved = read(local(variant.options["folder"]))
         saved.check_whole()
         found = [config_from_dict(layer) for layer in saved.layers if layer]
+    elif variant.mechanism == PLAN:
+        found = list(Plan.load(variant.options["file"]).configs().values())
     elif variant.mechanism != DENSE:
         options = dict(variant.options)
         layers, keep_softmax = options.pop("layers", None), options.pop("keep_softmax", None)
@@ -101,12 +108,16 @@ def mechanisms(model: PreTrainedModel, variant: Variant) -> list[MechanismConfig
     return found
 
 
-def adapter_digest(variant: Variant) -> str | None:
-    """Return a digest of the files of a variant's adapter; None for a variant without one."""
-    if variant.mechanism != ADAPTER:
+def digest_of(variant: Variant) -> str | None:
+    """Return a digest of the files that a variant is made of; None for a variant without any."""
+    paths = [Path(variant.options["file"])] if variant.mechanism == PLAN else []
+    if variant.mechanism == ADAPTER:
+        folder = local(variant.options["folder"])
+        paths = [folder / name for name in FILES]
+    if not paths:
         return None
-    folder, digest = local(variant.options["folder"]), hashlib.sha256()
-    for path in (folder / name for name in FILES):
+    digest = hashlib.sha256()
+    for path in paths:
         digest.update(hashlib.sha256(path.read_bytes() if path.is_file() else b"").digest())
     return digest.hexdigest()[:16]
 
@@ -123,6 +134,8 @@ def as_variant(model: PreTrainedModel, variant: Variant) -> Iterator[PreTrainedM
     tuned: Any = model
     if variant.mechanism == ADAPTER:
         tuned = load_adapter(model, variant.options["folder"])
+    elif variant.mechanism == PLAN:
+        convert_attention(model, Plan.load(variant.options["file"]))
     elif variant.mechanism != DENSE:
         convert_attention(model, variant.mechanism, **variant.options)
     try:

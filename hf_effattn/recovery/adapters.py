@@ -22,9 +22,12 @@ from ..convert import build_converted, revert_attention
 from ..integration.checkpoints import TYPE_PREFIX
 from ..targets import Targets, choose_layers, find_targets, refuse_offloaded
 from .adapter_files import FILES, PEFT_PREFIX, PEFT_WEIGHTS, WEIGHTS, Saved, Tensors, local, read, write
+from .sharding import whole
 
 
-def save_adapter(model: PreTrainedModel | PeftModel, folder: str | Path, base: str | None = None) -> None:
+def save_adapter(
+    model: PreTrainedModel | PeftModel, folder: str | Path, base: str | None = None, is_main_process: bool = True
+) -> None:
     """Save what conversion added to `model`, and the active PEFT adapter if it carries one; none of the base weights.
 
     An interrupted save leaves the old checkpoint, or one that `load_adapter` refuses.
@@ -33,6 +36,7 @@ def save_adapter(model: PreTrainedModel | PeftModel, folder: str | Path, base: s
         model: A converted model, or the `PeftModel` around it.
         folder: Made if needed; other files in it stay.
         base: Name of the base model; None for the one it was loaded from.
+        is_main_process: Whether to write. Where FSDP2 has shared out the weights, all processes must call this.
 
     Raises:
         TypeError: if `model` is no transformers model.
@@ -47,7 +51,9 @@ def save_adapter(model: PreTrainedModel | PeftModel, folder: str | Path, base: s
         raise ValueError("no layer of the model is converted, so there is nothing to save; see convert_attention")
     base = base or inner.config.name_or_path or None
     config, peft = _peft_parts(model, base)
-    write(Path(folder), _describe(inner, targets, base), _own_parameters(inner, peft), peft, config)
+    own, peft = ({key: whole(x) for key, x in found.items()} for found in (_own_parameters(inner, peft), peft))
+    if is_main_process:
+        write(Path(folder), _describe(inner, targets, base), own, peft, config)
 
 
 def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = False) -> Any:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import PreTrainedModel
 
 from ..attention import HybridAttention
 from .teacher import converted_layers, mechanism_of
@@ -17,14 +16,13 @@ BIASES = (-8.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0)
 
 
 @torch.no_grad()
-def calibrate(student: Any, teacher: PreTrainedModel, batches: Iterable[torch.Tensor]) -> dict[int, list[float]]:
+def calibrate(student: Any, batches: Iterable[torch.Tensor]) -> dict[int, list[float]]:
     """Set the bias of each head of linear layers with a window to the one, of nine, with the least squared error of the
     head's output against softmax attention, on the hidden states of the teacher. It opens the linear part as far as
     it does good with the feature maps as they are.
 
     Args:
         student: A converted model.
-        teacher: What `shared_teacher` made of it.
         batches: A few `[B, T]` of token ids, without padding, longer than the windows.
 
     Returns:
@@ -33,7 +31,7 @@ def calibrate(student: Any, teacher: PreTrainedModel, batches: Iterable[torch.Te
     layers = {i: m for i, m in converted_layers(student).items() if isinstance(mechanism_of(m), HybridAttention)}
     errors: dict[int, torch.Tensor] = {}
     for batch in batches:
-        for index, seen in watched(teacher, batch, list(layers)).items():
+        for index, seen in watched(student, batch, list(layers)).items():
             inputs = mechanism_call(layers[index], seen)
             errors[index] = errors.get(index, 0.0) + _errors(mechanism_of(layers[index]), *inputs)
     chosen = {}

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from .sharding import whole
+
 RECENT = 50  # steps whose losses say what is usual
 
 
@@ -65,13 +67,13 @@ def _first_bad(model: torch.nn.Module) -> str:
     """Name the first trained parameter that is not finite, or has no finite gradient; else the largest gradient."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     for kind, tensors in (
-        ("parameter", [(name, p.detach()) for name, p in trained]),
-        ("gradient", [(name, p.grad) for name, p in trained if p.grad is not None]),
+        ("parameter", [(name, whole(p.detach())) for name, p in trained]),
+        ("gradient", [(name, whole(p.grad)) for name, p in trained if p.grad is not None]),
     ):
         for name, tensor in tensors:
             if not bool(tensor.isfinite().all()):
                 return f"the first {kind} that is not finite is {name}"
-    norms = {name: float(p.grad.float().norm()) for name, p in trained if p.grad is not None}
+    norms = {name: float(whole(p.grad).float().norm()) for name, p in trained if p.grad is not None}
     if not norms:
         return "all trained parameters are finite"
     largest = max(norms, key=norms.__getitem__)

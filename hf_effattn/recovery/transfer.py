@@ -9,11 +9,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from ..integration.attention import attention_weights
-from ..targets import find_targets
-from .teacher import converted_layers, mechanism_of
+from .teacher import as_teacher, converted_layers, mechanism_of
 
 KINDS = ("output", "weights")
 
@@ -26,17 +24,14 @@ class Seen(NamedTuple):
     output: torch.Tensor
 
 
-def transfer_losses(
-    student: Any, teacher: PreTrainedModel, input_ids: torch.Tensor, kind: str = "output"
-) -> dict[int, torch.Tensor]:
+def transfer_losses(student: Any, input_ids: torch.Tensor, kind: str = "output") -> dict[int, torch.Tensor]:
     """Return how far each converted layer is from softmax attention, on the hidden states of the teacher.
 
-    Layers do not see each other's mistakes, and only parameters of `effattn` get gradients. Their sum is the loss of
-    attention transfer (LoLCATs, Zhang 2024, arXiv 2410.10254; Hedgehog, Zhang 2024, arXiv 2402.04347).
+    Layers do not see each other's mistakes. The sum is the loss of attention transfer, which trains what mechanisms
+    learn: see `freeze_base` (LoLCATs, Zhang 2024, arXiv 2410.10254; Hedgehog, Zhang 2024, arXiv 2402.04347).
 
     Args:
-        student: A converted model.
-        teacher: What `shared_teacher` made of it.
+        student: A converted model with whole weights: its layers are called one by one, past the hooks of FSDP2.
         input_ids: `[B, T]`, without padding.
         kind: "output" for the squared error of the layer's output over the mean square of the teacher's; "weights" for
             the KL divergence of its attention weights, which takes T² memory a head.
@@ -48,7 +43,7 @@ def transfer_losses(
         raise ValueError(f"unknown kind of attention transfer {kind!r}; valid: {', '.join(KINDS)}")
     losses = {}
     modules = converted_layers(student)
-    for index, seen in watched(teacher, input_ids, list(modules)).items():
+    for index, seen in watched(student, input_ids, list(modules)).items():
         if kind == "output":
             output = _first(modules[index](*seen.arguments, **seen.keywords))
             error, size = (x.float().square().sum() for x in (output - seen.output, seen.output))
@@ -58,13 +53,12 @@ def transfer_losses(
     return losses
 
 
-@torch.no_grad()
-def watched(teacher: PreTrainedModel, input_ids: torch.Tensor, layers: list[int]) -> dict[int, Seen]:
+def watched(student: Any, input_ids: torch.Tensor, layers: list[int]) -> dict[int, Seen]:
     """Return what the attention modules of `layers` were given and gave in one pass of the teacher."""
     found: dict[int, Seen] = {}
-    modules = find_targets(teacher).modules
-    with _hooks(modules, layers, found):
-        teacher(input_ids, use_cache=False, logits_to_keep=1)
+    modules = converted_layers(student)
+    with as_teacher(student), _hooks(modules, layers, found):
+        student(input_ids, use_cache=False, logits_to_keep=1)
     return found
 
 
