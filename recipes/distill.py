@@ -19,7 +19,7 @@ from data import open_data
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from runs import TEACHER, Run, accelerator_of
 from settings import DistillConfig, read_config
-from stages import Stage, checkpointed, frozen_in_bf16, groups_of, lora, train
+from stages import Stage, checkpointed, convert, frozen_in_bf16, groups_of, lora, train
 from torch.nn.functional import cross_entropy
 
 from hf_effattn import recovery
@@ -41,7 +41,7 @@ class Distillation:
         self.student, tokenizer = load(config.model)
         self.data = open_data(config.documents, config.streaming, tokenizer, config.seed)
         self.kept = self.data.held_out(config.lengths[-1], config.held_out)
-        self.student.eval().to(self.accelerator.device).convert_attention(config.mechanism, **config.options)
+        convert(self.student.eval().to(self.accelerator.device), config)
         if config.bf16:
             frozen_in_bf16(self.student)
         recovery.freeze_base(self.student)

@@ -15,7 +15,7 @@ import torch
 from data import open_data
 from peft import PeftModel
 from settings import FinetuneConfig, read_config
-from stages import groups_of, lora
+from stages import convert, groups_of, lora
 from torch import nn
 from transformers import Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
@@ -62,8 +62,8 @@ def prepare(config: FinetuneConfig, load: Any) -> tuple[Any, Any]:
     model, tokenizer = load(config.model)
     if config.adapter is not None:
         model = load_adapter(model, config.adapter, trainable=True)
-    elif config.mechanism is not None:
-        model.convert_attention(config.mechanism, **config.options)
+    else:
+        convert(model, config)
     if isinstance(model, PeftModel):
         return model, tokenizer
     c = config

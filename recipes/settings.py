@@ -21,6 +21,7 @@ class RecipeConfig:
 
     model: str = models.EMBEDDED
     options: dict[str, Any] = field(default_factory=dict)
+    plan: str | None = None
     documents: str | None = None
     streaming: bool = False
     lora_lr: float = 1e-4
@@ -44,7 +45,8 @@ class RecipeConfig:
 class DistillConfig(RecipeConfig):
     """How a model is converted and recovered.
 
-    model: a Hub id or folder; mechanism, options: of convert_attention, such as options.window=64
+    model: a Hub id or folder; mechanism, options: of convert_attention, such as options.window=64; plan: a file that
+    Plan.save wrote, instead of them
     documents: a file or folder (null: what Python has); streaming: read a .jsonl file as needed
     lengths: tokens of a window, each for as many steps of distillation as the others; transfer has the first
     batch_size: windows of a step, in all processes; micro_batch_size: windows that one computes at a time
@@ -88,7 +90,7 @@ class FinetuneConfig(RecipeConfig):
     """How a model is fine-tuned.
 
     model: a Hub id or folder; adapter: what save_adapter wrote, to go on with; else mechanism (null: dense) and options
-    of convert_attention, such as options.window=64
+    of convert_attention, such as options.window=64, or plan: a file that Plan.save wrote
     documents: a file or folder (null: what Python has); streaming: read a .jsonl file as needed
     length: tokens of a window; steps; batch_size: windows of a process at a time; accumulation: of those, to a step
     lora_lr, effattn_lr, warmup (part of the steps), max_norm

@@ -18,8 +18,10 @@ from transformers import get_cosine_schedule_with_warmup
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from hf_effattn import Plan
 from hf_effattn.integration import is_learned
 from hf_effattn.recovery import Guard, narrowed
+from hf_effattn.recovery.teacher import converted_layers
 from hf_effattn.targets import find_targets
 
 
@@ -118,6 +120,16 @@ def average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) 
             parameter.grad = accelerator.reduce(parameter.grad, "mean")
 
 
+def convert(model: Any, config: Any) -> None:
+    """Convert a model by the plan that a config names, or by its mechanism and options; without either not at all."""
+    if config.plan is not None and config.options:
+        raise ValueError(f"a plan says all; leave out options, which are {config.options}")
+    if config.plan is not None:
+        model.convert_attention(Plan.load(config.plan))
+    elif config.mechanism is not None:
+        model.convert_attention(config.mechanism, **config.options)
+
+
 def checkpointed(model: Any) -> None:
     """Let the layers of `model` keep no activations, with all dropout still off, which `model.train()` would put on."""
     enable = getattr(
@@ -145,10 +157,11 @@ def groups_of(model: nn.Module, lora_lr: float, effattn_lr: float) -> list[dict[
 
 
 def lora(model: Any, rank: int, alpha: int, mlp: bool = False, **options: Any) -> PeftModel:
-    """Put LoRA on the projections of attention, or of whole layers, and train what conversion added along with it."""
+    """Put LoRA on the projections of attention, or of whole layers, and train what conversion added along with it. Of a
+    model of which layers are converted, the others stay what they are."""
     names = {id(module): name for name, module in model.named_modules()}
     targets, conv = [], False
-    for attention in find_targets(model).modules.values():
+    for attention in (converted_layers(model) or find_targets(model).modules).values():
         scope = names[id(attention)].rpartition(".")[0] if mlp else names[id(attention)]
         for name, module in model.get_submodule(scope).named_modules():
             if isinstance(module, (nn.Linear, Conv1D)) and "effattn" not in name.split("."):

@@ -17,8 +17,9 @@ from test_families import VARIANTS, every_family
 from transformers import AutoModelForCausalLM
 
 import hf_effattn
-from hf_effattn.evaluation import Subject
+from hf_effattn.evaluation import Subject, Variant
 from hf_effattn.evaluation.haystack import ADJECTIVES, NOUNS
+from hf_effattn.evaluation.variants import as_variant, digest_of, mechanisms
 from hf_effattn.planning.candidates import Candidate, default_candidates, read_candidates
 from hf_effattn.planning.journal import FILE
 from hf_effattn.planning.measure import assign, loss_of, single_changes
@@ -210,6 +211,20 @@ def test_a_plan_is_saved_with_the_model_and_by_itself(model: Any, tmp_path: Path
     assert Plan.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     loaded.convert_attention("sparse", window=7, layers=[0])
     assert "plan" not in loaded.config.effattn  # which it no longer is
+
+
+def test_a_plan_is_a_variant_of_evaluation(model: Any, tmp_path: Path) -> None:
+    found, path = planned(model), tmp_path / "plan.json"
+    found.save(path)
+    variant = Variant.parse(f"plan:{path}")
+    assert [config.to_dict() for config in mechanisms(model, variant)] == [
+        spec for layer in found.layers if (spec := found.candidates[layer.choice])
+    ]
+    with as_variant(model, variant):
+        assert model.attention_report(LENGTH).cache_bytes == found.price
+    before = digest_of(variant)
+    found.for_budget("20%").save(path)
+    assert digest_of(variant) != before
 
 
 def test_the_same_measurements_serve_other_budgets(model: Any) -> None:

@@ -342,6 +342,26 @@ def test_options_of_distillation(recipes: Any, tmp_path: Path, changes: dict[str
     assert all(x["loss"] < 20 for x in lines(tmp_path))
 
 
+def test_a_plan_is_trained_where_it_converts(recipes: Any, tmp_path: Path) -> None:
+    from hf_effattn import LinearConfig, Plan
+    from hf_effattn.plans import Budget, LayerChoice
+    from hf_effattn.recovery import load_adapter
+
+    names = ("dense", "linear")
+    candidates = {"dense": None, "linear": LinearConfig(window=6, num_sinks=2).to_dict()}
+    nothing = dict.fromkeys(names, 0.0)
+    layers = tuple(LayerChoice(index, name, nothing, nothing) for index, name in enumerate(names))
+    Plan("llama", 2, 64, Budget("bytes", 1.0), 0.0, candidates, layers, 0.0, 0.0, {}).save(tmp_path / "plan.json")
+    folder = distill(recipes, tmp_path / "out", plan=str(tmp_path / "plan.json"), options={})
+    trained = {key.split(".layers.")[1][0] for key in load_file(folder / "adapter_model.safetensors")}
+    trained |= {key.split(".layers.")[1][0] for key in load_file(folder / "effattn.safetensors")}
+    assert trained == {"1"}
+    loaded = load_adapter(load("")[0], folder)
+    assert [bool(layer) for layer in loaded.config.effattn["layers"]] == [False, True]
+    with pytest.raises(ValueError, match="a plan says all; leave out options"):
+        distill(recipes, tmp_path / "other", plan=str(tmp_path / "plan.json"))
+
+
 def test_checkpointing_and_small_batches_change_nothing(recipes: Any, tmp_path: Path) -> None:
     distill(recipes, tmp_path / "plain", micro_batch_size=2)
     distill(recipes, tmp_path / "saving", micro_batch_size=1, gradient_checkpointing=True)
