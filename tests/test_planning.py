@@ -28,8 +28,8 @@ from hf_effattn.plans import Budget, Loss, Plan, choose
 from hf_effattn.targets import choose_layers, find_targets
 
 TOKENIZER = small_tokenizer(PROSE + " ".join((*ADJECTIVES, *NOUNS, NEEDLE, QUESTION)))
-LENGTH = 1200
-CANDIDATES = ["sparse:window=16", "sparse:window=300", "linear:window=8"]
+LENGTH = 640
+CANDIDATES = ["sparse:window=16", "sparse:window=160", "linear:window=8"]
 TEXT = PROSE * 8
 tables = st.integers(1, 5).flatmap(
     lambda layers: st.integers(1, 4).flatmap(
@@ -49,7 +49,7 @@ def model() -> Any:
 
 
 def planned(model: Any, budget: str | int = "40%", **options: Any) -> Plan:
-    settings = {"context_length": LENGTH, "candidates": CANDIDATES, "tokenizer": TOKENIZER, **options}
+    settings = {"context_length": LENGTH, "candidates": CANDIDATES, "tokenizer": TOKENIZER, "number": 1, **options}
     return hf_effattn.plan(model, [TEXT], budget, **settings)
 
 
@@ -131,7 +131,7 @@ def test_a_budget_is_kept_by_the_bytes_of_a_cache(model: Any, budget: str) -> No
 
 def test_what_a_plan_says_was_measured_is_what_the_converted_model_loses(model: Any) -> None:
     found = planned(model)
-    probes = make_probes([TEXT], TOKENIZER, LENGTH, 2, 42)
+    probes = make_probes([TEXT], TOKENIZER, LENGTH, 1, 42)
     model.convert_attention(found)
     losses = torch.tensor([loss_of(Subject(model, TOKENIZER), probe) for probe in probes]).mean(dim=0)
     assert losses.tolist() == pytest.approx(list(found.measured["this plan"]), abs=1e-6)
@@ -286,8 +286,8 @@ def test_budgets_that_cannot_be_kept_are_told_before_anything_is_measured(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"documents": ["short"]}, "no document is long enough for a context of 1,200 tokens: the longest of 1 has 1,"),
-        ({"number": 60}, "stretches of"),
+        ({"documents": ["short"]}, "no document is long enough for a context of 640 tokens: the longest of 1 has 1,"),
+        ({"number": 900}, "stretches of"),
         ({"context_length": 99}, "use a longer one"),
         ({"context_length": 9999}, "more than the 4096 positions"),
         ({"candidates": ["dense"]}, "besides dense"),
