@@ -170,10 +170,11 @@ class _Search:
         start = self.losses(base, name).total(self.recall_weight)
         layers = []
         for layer in empty.layers:
-            costs = {}
-            for candidate in self.candidates:
-                loss = self.losses(base | {layer.index: candidate}, name)
-                costs[candidate.name] = loss.total(self.recall_weight) - start
+            losses = {c.name: self.losses(base | {layer.index: c}, name) for c in self.candidates}
+            costs = {each: loss.total(self.recall_weight) - start for each, loss in losses.items()}
+            # That a few texts are likelier if a layer forgets is chance, and would add up to much.
+            least = min(costs[DENSE], 0.0)
+            costs = {each: max(cost, least) for each, cost in costs.items()}
             layers.append(replace(layer, choice=base[layer.index].name, costs=costs))
         return replace(empty, start=start, layers=tuple(layers))
 

@@ -38,7 +38,9 @@ def choose(costs: Sequence[Sequence[float]], prices: Sequence[Sequence[float]], 
         best, index = torch.stack(found).min(dim=0)
         chosen.append(index)
     if not torch.isfinite(best[-1]):
-        return None
+        cheapest = [min(range(len(row)), key=row.__getitem__) for row in prices]
+        fits = sum(row[i] for row, i in zip(prices, cheapest, strict=True)) <= limit
+        return cheapest if fits else None  # what fits by less than the rounding is the only choice
     left = int((best == best[-1]).nonzero()[0])
     result = []
     for layer, index in reversed(list(enumerate(chosen))):
