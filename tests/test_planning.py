@@ -14,15 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import PROSE, small_model, small_tokenizer
 from test_families import VARIANTS, every_family
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 import hf_effattn
-from hf_effattn.evaluation import Subject, Variant
+from hf_effattn.evaluation import Variant
 from hf_effattn.evaluation.haystack import ADJECTIVES, NOUNS
 from hf_effattn.evaluation.variants import as_variant, digest_of, mechanisms
 from hf_effattn.planning.candidates import Candidate, default_candidates, read_candidates
 from hf_effattn.planning.journal import FILE
-from hf_effattn.planning.measure import assign, loss_of, single_changes
+from hf_effattn.planning.measure import assign, logits_of, loss_of, single_changes
 from hf_effattn.planning.probes import DEPTHS, NEEDLE, QUESTION, Probe, make_probes
 from hf_effattn.plans import Budget, Loss, Plan, choose
 from hf_effattn.targets import choose_layers, find_targets
@@ -107,12 +108,13 @@ def test_losses_from_a_layer_on_are_those_of_whole_passes(variant: str) -> None:
     base = dict.fromkeys(layers, dense)
     length = 31
     marks = torch.arange(length - 1) % 3 == 0
-    probe, subject = Probe(random_ids(length), marks, ~marks), Subject(model, None)  # type: ignore[arg-type]
+    probe = Probe(random_ids(length), marks, ~marks)
+    dense_logits = logits_of(model, probe)
     try:
-        found = list(single_changes(subject, probe, base, [(index, window) for index in layers]))
+        found = list(single_changes(model, probe, dense_logits, base, [(index, window) for index in layers]))
         for index, candidate, loss in found:
             assign(model, base | {index: candidate})
-            assert loss == loss_of(subject, probe)
+            assert loss == loss_of(model, probe, dense_logits)
         assert [index for index, _, _ in found] == layers
     finally:
         model.revert_attention()
@@ -141,12 +143,20 @@ def test_a_budget_is_kept_by_the_bytes_of_a_cache(model: Any, budget: str) -> No
     assert model.attention_report(LENGTH).cache_bytes == found.price
 
 
+@torch.no_grad()
 def test_what_a_plan_says_was_measured_is_what_the_converted_model_loses(model: Any) -> None:
     found = planned(model)
-    probes = make_probes([TEXT], TOKENIZER, LENGTH, 1, 42)
-    model.convert_attention(found)
-    losses = torch.tensor([loss_of(Subject(model, TOKENIZER), probe) for probe in probes]).mean(dim=0)
-    assert losses.tolist() == pytest.approx(list(found.measured["this plan"]), abs=1e-6)
+    (probe,) = make_probes([TEXT], TOKENIZER, LENGTH, 1, 42)
+    inputs, targets = probe.ids[None, :-1], probe.ids[1:]
+    dense = model(inputs).logits[0].log_softmax(dim=-1)
+    own = model.convert_attention(found).eval()(inputs).logits[0].log_softmax(dim=-1)
+    losses = cross_entropy(own, targets, reduction="none")
+    divergences = (dense.exp() * (dense - own)).sum(dim=1)
+    told = found.measured["this plan"]
+    assert told.text == pytest.approx(float(losses[probe.is_text].mean()), abs=1e-5)
+    assert told.recall == pytest.approx(float(losses[probe.is_answer].mean()), abs=1e-5)
+    assert told.divergence == pytest.approx(float(divergences[probe.is_text].mean()), abs=1e-5)
+    assert found.measured["dense"].divergence == pytest.approx(0.0, abs=1e-6)
 
 
 def test_a_plan_is_no_worse_than_uniform_choices_that_keep_the_budget(model: Any) -> None:
@@ -159,9 +169,9 @@ def test_a_plan_is_no_worse_than_uniform_choices_that_keep_the_budget(model: Any
 
 def test_recall_counts_as_much_as_is_said(model: Any) -> None:
     light, heavy = (planned(model, recall_weight=weight) for weight in (0.0, 100.0))
-    assert light.measured["this plan"].text <= heavy.measured["this plan"].text
+    assert light.measured["this plan"].divergence <= heavy.measured["this plan"].divergence
     assert heavy.measured["this plan"].recall <= light.measured["this plan"].recall
-    assert Loss(2.0, 3.0).total(0.5) == 3.5
+    assert Loss(7.0, 3.0, 2.0).total(0.5) == 3.5
 
 
 def test_needles_are_hidden_far_before_and_asked_for_at_the_end() -> None:

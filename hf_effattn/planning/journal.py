@@ -64,7 +64,8 @@ class Journal:
 
 def identity_of(model: PreTrainedModel, probes: Sequence[Probe]) -> str:
     """Return a digest of the model and the calibration texts."""
-    digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(f"{Loss._fields}".encode())
+    digest.update(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {float(parameter.detach().double().sum())}".encode())
     for probe in probes:

@@ -8,16 +8,17 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..convert import convert_attention, revert_attention
-from ..evaluation import Subject
 from ..plans import Loss
 from ..targets import find_targets
 from .candidates import Candidate
 from .probes import Probe
 
+PIECE = 1024  # tokens whose logits are held in float32 at a time
 BLOCK = re.compile(r"(.*\.\d+)(\.|$)")  # in a list of layers, the name of one
 
 
@@ -30,10 +31,28 @@ def assign(model: PreTrainedModel, choice: dict[int, Candidate]) -> None:
             convert_attention(model, candidate.config, layers=layers)
 
 
-def loss_of(subject: Subject, probe: Probe) -> Loss:
-    """Return the losses of the model as it is on one calibration text."""
-    losses = subject.losses(probe.ids.to(subject.model.device)).double().cpu()
-    return Loss(float(losses[probe.is_text].mean()), float(losses[probe.is_answer].mean()))
+@torch.inference_mode()
+def logits_of(model: PreTrainedModel, probe: Probe) -> torch.Tensor:
+    """Return the logits of the model as it is on one calibration text `[T, V]`."""
+    return model(probe.ids[None, :-1].to(model.device), use_cache=False).logits[0]
+
+
+@torch.inference_mode()
+def loss_of(model: PreTrainedModel, probe: Probe, dense: torch.Tensor) -> Loss:
+    """Return the losses of the model as it is on one calibration text.
+
+    Args:
+        dense: Logits of the dense model `[T, V]`.
+    """
+    losses, divergences = [], []
+    parts = (x.split(PIECE) for x in (logits_of(model, probe), dense, probe.ids[1:].to(model.device)))
+    for own, wanted, targets in zip(*parts, strict=True):
+        found, expected = (x.float().log_softmax(dim=-1) for x in (own, wanted))
+        losses.append(-found.gather(1, targets[:, None])[:, 0])
+        divergences.append((expected.exp() * (expected - found)).sum(dim=1))
+    loss, divergence = (torch.cat(x).double().cpu() for x in (losses, divergences))
+    text, recall = (float(loss[marks].mean()) for marks in (probe.is_text, probe.is_answer))
+    return Loss(text, recall, float(divergence[probe.is_text].mean()))
 
 
 class Layers:
@@ -93,7 +112,11 @@ def _given(output: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def single_changes(
-    subject: Subject, probe: Probe, base: dict[int, Candidate], wanted: Sequence[tuple[int, Candidate]]
+    model: PreTrainedModel,
+    probe: Probe,
+    dense: torch.Tensor,
+    base: dict[int, Candidate],
+    wanted: Sequence[tuple[int, Candidate]],
 ) -> Iterator[tuple[int, Candidate, Loss]]:
     """Yield the losses on one calibration text with one layer changed, of all that are wanted, the layers in order.
 
@@ -101,11 +124,11 @@ def single_changes(
     """
     if not wanted:
         return
-    layers = Layers(subject.model)
-    assign(subject.model, base)
+    layers = Layers(model)
+    assign(model, base)
     with layers.kept():
-        loss_of(subject, probe)
+        logits_of(model, probe)
     for index, candidate in sorted(wanted, key=lambda pair: pair[0]):
-        assign(subject.model, base | {index: candidate})
+        assign(model, base | {index: candidate})
         with layers.from_layer(index):
-            yield index, candidate, loss_of(subject, probe)
+            yield index, candidate, loss_of(model, probe, dense)

@@ -14,7 +14,6 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import MechanismConfig
 from ..convert import revert_attention
-from ..evaluation import Subject
 from ..evaluation.variants import is_converted
 from ..notation import whole_number
 from ..plans import DENSE, PLAN, Budget, LayerChoice, Loss, Plan
@@ -23,7 +22,7 @@ from ..report import attention_report
 from ..targets import choose_layers, find_targets
 from .candidates import Candidate, default_candidates, read_candidates
 from .journal import Journal, identity_of
-from .measure import assign, loss_of, single_changes
+from .measure import assign, logits_of, loss_of, single_changes
 from .probes import Probe, make_probes
 from .speed import step_seconds
 
@@ -47,10 +46,11 @@ def plan(
 ) -> Plan:
     """Choose the attention of each layer so that a budget is kept and as little as possible is lost.
 
-    Each layer of the dense model by itself is changed to each candidate, and the loss measured: of documents, and of
-    answers to what was hidden in them far before, so that a plan does not buy perplexity with recall. The least sum of
-    losses within the budget is the plan, if losses add up; so it is measured as a whole, and the changes are measured
-    again around it, while that makes it better.
+    Each layer of the dense model by itself is changed to each candidate, and it is measured how far predictions of
+    documents then are from those of the dense model (KL divergence), and what the answers to questions about things
+    hidden far before lose, so that a plan does not buy perplexity with recall. The least sum within the budget is the
+    plan, if losses add up; so it is measured as a whole, and the changes are measured again around it, while that makes
+    it better. The logits of the dense model on the calibration texts are kept in memory.
 
     Args:
         model: A dense model of a supported family; afterwards it is as before.
@@ -88,6 +88,7 @@ def plan(
     probes = make_probes(documents, tokenizer or _tokenizer(model), context_length, number, seed)
     folder = None if out is None else Path(out)
     was_training = model.training
+    model.eval()
     try:
         search = _Search(model, layers, found, probes, Journal(folder, identity_of(model, probes)), recall_weight)
         return search.run(budget, rounds)
@@ -115,7 +116,7 @@ class _Search:
     ) -> None:
         self.model, self.layers, self.candidates, self.probes = model, layers, candidates, probes
         self.journal, self.recall_weight = journal, recall_weight
-        self.subject: Any = Subject(model, None)  # type: ignore[arg-type]
+        self._dense: dict[int, torch.Tensor] = {}
         self.context_length = len(probes[0].ids) - 1
         self.model_type = str(model.config.model_type)
 
@@ -152,9 +153,17 @@ class _Search:
         keys = [f"{number} {self._key(choice)}" for number in range(len(self.probes))]
         missing = [number for number, key in enumerate(keys) if key not in self.journal]
         for number in tqdm(missing, desc=name, unit="text", disable=not missing):
+            dense = self.dense_logits(number)
             assign(self.model, choice)
-            self.journal.add(keys[number], loss_of(self.subject, self.probes[number]))
+            self.journal.add(keys[number], loss_of(self.model, self.probes[number], dense))
         return _mean([self.journal.loss(key) for key in keys])
+
+    def dense_logits(self, number: int) -> torch.Tensor:
+        """Return the logits of the dense model on a calibration text, which are kept in memory."""
+        if number not in self._dense:
+            revert_attention(self.model)
+            self._dense[number] = logits_of(self.model, self.probes[number])
+        return self._dense[number]
 
     def around(self, base: Choice, empty: Plan, name: str) -> Plan:
         """Return a plan with the costs of single changes of `base`."""
@@ -164,7 +173,8 @@ class _Search:
                 keys = {pair: f"{number} {self._key(base | dict([pair]))}" for pair in pairs}
                 missing = [pair for pair in pairs if keys[pair] not in self.journal]
                 bar.update(len(pairs) - len(missing))
-                for index, candidate, loss in single_changes(self.subject, probe, base, missing):
+                dense = self.dense_logits(number) if missing else torch.empty(0)
+                for index, candidate, loss in single_changes(self.model, probe, dense, base, missing):
                     self.journal.add(keys[index, candidate], loss)
                     bar.update()
         start = self.losses(base, name).total(self.recall_weight)
@@ -172,7 +182,7 @@ class _Search:
         for layer in empty.layers:
             losses = {c.name: self.losses(base | {layer.index: c}, name) for c in self.candidates}
             costs = {each: loss.total(self.recall_weight) - start for each, loss in losses.items()}
-            # That a few texts are likelier if a layer forgets is chance, and would add up to much.
+            # That a few answers are likelier if a layer forgets is chance, and would add up to much.
             least = min(costs[DENSE], 0.0)
             costs = {each: max(cost, least) for each, cost in costs.items()}
             layers.append(replace(layer, choice=base[layer.index].name, costs=costs))
@@ -219,8 +229,7 @@ class _Search:
 
 
 def _mean(losses: list[Loss]) -> Loss:
-    text, recall = torch.tensor(losses, dtype=torch.float64).mean(dim=0).tolist()
-    return Loss(text, recall)
+    return Loss(*torch.tensor(losses, dtype=torch.float64).mean(dim=0).tolist())
 
 
 def _tokenizer(model: PreTrainedModel) -> Any:
