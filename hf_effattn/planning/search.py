@@ -39,7 +39,7 @@ def plan(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     number: int = 2,
-    recall_weight: float = 0.02,
+    recall_weight: float = 0.1,
     rounds: int = 2,
     out: str | Path | None = None,
     seed: int = 42,
