@@ -12,7 +12,7 @@ PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constrai
 
 help:
 	@echo "make demo   show dense, sparse and linear attention on a pretrained model and a long document"
-	@echo "make eval   generated answers and perplexity of dense, sparse and linear attention, side by side (10 minutes)"
+	@echo "make eval   generated answers and perplexity of dense, sparse and linear attention, side by side (6 minutes)"
 	@echo "make recover  convert, distil and evaluate the pretrained model (30 minutes)"
 	@echo "make test   run all tests (the slow ones use a real pretrained model)"
 	@echo "make lint   ruff and mypy"
