@@ -116,15 +116,13 @@ def run(config: FinetuneConfig, load: Any = models.load, callbacks: Any = None) 
     newest = get_last_checkpoint(config.out) if config.resume and Path(config.out).is_dir() else None
     trainer.train(resume_from_checkpoint=newest)
     folder = Path(config.out) / "adapter"
-    whole = trainer.accelerator.get_state_dict(trainer.model_wrapped) if trainer.is_fsdp_enabled else None
-    if trainer.is_world_process_zero():
-        if whole is not None:  # the model has only a part of each weight
-            model = prepare(config, load)[0]
-            model.load_state_dict(whole)
-        if hasattr(model.get_base_model().config, "effattn"):
-            save_adapter(model, folder, base=config.model)
-        else:
-            model.save_pretrained(str(folder))
+    writes = trainer.is_world_process_zero()
+    if hasattr(model.get_base_model().config, "effattn"):
+        save_adapter(model, folder, base=config.model, is_main_process=writes)
+    else:
+        state = trainer.accelerator.get_state_dict(trainer.model_wrapped)  # whole, where weights are shared out
+        model.save_pretrained(str(folder), state_dict=state, is_main_process=writes)
+    trainer.accelerator.end_training()  # a process that ends while its group is open may abort
     return folder
 
 
