@@ -52,11 +52,10 @@ def convert_attention(
     """
     targets = find_targets(model)
     refuse_offloaded(model)
-    plan = mechanism if isinstance(mechanism, Plan) else None
-    if plan is not None:
-        found = _planned(model, targets, plan, {"layers": layers, "keep_softmax": keep_softmax, **options})
+    if isinstance(mechanism, Plan):
+        found = _planned(targets, mechanism, {"layers": layers, "keep_softmax": keep_softmax, **options})
     else:
-        config = make_config(mechanism, options)  # type: ignore[arg-type]
+        config = make_config(mechanism, options)
         found = dict.fromkeys(choose_layers(targets, layers, keep_softmax), config)
     configs = {index: config.for_layer(index) for index, config in found.items()}
     made = {index: _make(configs[index], targets, index, model) for index in configs}
@@ -66,8 +65,8 @@ def convert_attention(
     for index, new in made.items():
         _attach(targets, index, new)
         model.config.effattn["layers"][index] = configs[index].to_dict()
-    if plan is not None:
-        model.config.effattn["plan"] = plan.to_dict()
+    if isinstance(mechanism, Plan):
+        model.config.effattn["plan"] = mechanism.to_dict()
     _finish(model, targets)
     return model
 
@@ -109,9 +108,7 @@ def build_converted(model: PreTrainedModel) -> None:
     _finish(model, targets)
 
 
-def _planned(
-    model: PreTrainedModel, targets: Targets, plan: Plan, others: dict[str, Any]
-) -> dict[int, MechanismConfig]:
+def _planned(targets: Targets, plan: Plan, others: dict[str, Any]) -> dict[int, MechanismConfig]:
     """Return the configs of the layers that a plan converts, once it is known to be for such a model."""
     given = [name for name, value in others.items() if value is not None]
     if given:

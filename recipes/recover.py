@@ -24,7 +24,8 @@ from settings import DistillConfig, read_config
 from texts import documents
 
 from hf_effattn.evaluation import Subject, Variant
-from hf_effattn.evaluation.variants import ADAPTER, DENSE, as_variant
+from hf_effattn.evaluation.variants import ADAPTER, as_variant
+from hf_effattn.plans import DENSE
 
 WINDOW, BOTH = "its window alone, untrained", "recovered"
 PARTS = {"recovered, window alone": "window", "recovered, linear part alone": "linear"}
@@ -86,6 +87,8 @@ def main() -> None:
     parser.add_argument("changes", nargs="*", help="key=value of the config")
     options = parser.parse_args()
     config = read_config(DistillConfig, ["--config", options.config, *options.changes])
+    if config.plan is not None:
+        parser.error("plan= is for distill.py: here layers are compared with their windows, and a plan may have none")
     adapter = distill.run(config)
     console = Console()
     console.print("reading documents that were not trained on")

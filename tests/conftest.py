@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -12,6 +15,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+RECIPES = Path(__file__).parent.parent / "recipes"
 torch.set_num_threads(1)
 settings.register_profile(
     "laws", deadline=None, derandomize=True, max_examples=4, suppress_health_check=list(HealthCheck)
@@ -22,6 +26,18 @@ settings.load_profile("laws")
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def recipes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Imports modules of the recipes."""
+    monkeypatch.syspath_prepend(str(RECIPES))
+    import importlib
+
+    from accelerate.state import AcceleratorState
+
+    yield importlib.import_module
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,15 @@ def run(tmp_path: Path) -> Run:
         return CliRunner().invoke(make_app(loader), ["evaluate", "tiny", *options, *arguments])
 
     return call
+
+
+@pytest.mark.parametrize("missing", ["typer", "rich"])
+def test_without_its_libraries_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    for name in [name for name in sys.modules if name.startswith("hf_effattn.cli")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match=r"needs typer and rich: pip install hf_effattn\[eval\]"):
+        importlib.import_module("hf_effattn.cli")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from small import PROSE, small_model, small_tokenizer
-from test_families import VARIANTS, every_family
+from test_families import every_family, model_of
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
@@ -100,8 +100,6 @@ def test_of_choices_that_lose_the_same_the_cheaper_one_is_taken() -> None:
 
 @every_family
 def test_losses_from_a_layer_on_are_those_of_whole_passes(variant: str) -> None:
-    from test_families import model_of
-
     model = model_of(variant, None)
     window, dense = Candidate("w", hf_effattn.SparseConfig(window=5)), Candidate("dense", None)
     layers = choose_layers(find_targets(model), None, None)
@@ -114,21 +112,21 @@ def test_losses_from_a_layer_on_are_those_of_whole_passes(variant: str) -> None:
         found = list(single_changes(model, probe, dense_logits, base, [(index, window) for index in layers]))
         for index, candidate, loss in found:
             assign(model, base | {index: candidate})
-            assert loss == loss_of(model, probe, dense_logits)
+            assert loss == loss_of(logits_of(model, probe), probe, dense_logits)
         assert [index for index, _, _ in found] == layers
     finally:
         model.revert_attention()
-    assert model_of(variant, None) is model, VARIANTS
+    assert torch.equal(logits_of(model, probe), dense_logits)
 
 
 def test_what_was_replaced_while_measuring_is_put_back(model: Any) -> None:
-    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    names = [name for name, _ in model.named_modules()]
     state = {name: x.clone() for name, x in model.state_dict().items()}
     model.train()
     planned(model)
     assert model.training
     model.eval()
-    assert {name: dict(vars(module)) for name, module in model.named_modules()}.keys() == before.keys()
+    assert [name for name, _ in model.named_modules()] == names
     assert all("forward" not in vars(module) and not module._forward_hooks for module in model.modules())
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
     assert not hasattr(model.config, "effattn")

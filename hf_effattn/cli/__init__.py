@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+try:
+    import rich  # noqa: F401
+    import typer
+except ImportError as error:
+    raise ImportError("the command line needs typer and rich: pip install hf_effattn[eval]") from error
+
 from ..targets import supported_models
-from . import evaluate, plan  # first, since what they import says which extra is missing
-from .common import Loader, load, typer
+from . import evaluate, plan
+from .common import Loader, load
 
 __all__ = ["main", "make_app"]
 

@@ -7,14 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import typer
+from rich.console import Console
+from rich.text import Text
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-try:
-    import typer
-    from rich.console import Console
-    from rich.text import Text
-except ImportError as error:
-    raise ImportError("the command line needs typer and rich: pip install hf_effattn[eval]") from error
 
 Loader = Callable[[str, torch.dtype, str], tuple[Any, Any]]
 DTYPES = ("float32", "bfloat16", "float16")

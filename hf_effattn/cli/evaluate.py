@@ -14,7 +14,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from ..evaluation import TASKS, Settings, Variant, evaluate, markdown
 from ..evaluation.material import TOO_LONG, Sources
 from ..evaluation.plots import plots
-from ..evaluation.variants import ADAPTER, DENSE, is_converted
+from ..evaluation.variants import ADAPTER, is_converted
+from ..plans import DENSE
 from ..plotting import new_figure
 from .common import DTYPES, Loader, check_device, check_dtype, length_of, told_plainly
 
@@ -31,7 +32,8 @@ def add(app: typer.Typer, loader: Loader, default_model: str | None) -> None:
         variant: Annotated[
             list[str] | None,
             typer.Option(
-                help="A conversion, as in sparse:window=512,num_sinks=4, or adapter:FOLDER; may be given several times."
+                help="A conversion, as in sparse:window=512,num_sinks=4, or adapter:FOLDER, or plan:FILE; may be given "
+                "several times."
             ),
         ] = None,
         against: Annotated[str, typer.Option(help="The variant that others are compared with.")] = DENSE,

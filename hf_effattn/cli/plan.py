@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from ..evaluation.variants import Variant
 from ..planning import plan
+from ..planning.candidates import read_candidates
 from ..plotting import new_figure
 from .common import DTYPES, Loader, check_device, check_dtype, length_of, told_plainly
 
@@ -44,11 +43,10 @@ def add(app: typer.Typer, loader: Loader, default_model: str | None) -> None:
         with told_plainly():
             kind, length = check_dtype(dtype), length_of(context_length)
             check_device(device)
-            for each in candidate or []:
-                Variant.parse(each)
+            if candidate:
+                read_candidates(candidate)  # rather now than after the model is loaded
             new_figure()  # rather now than after an hour, if there is no matplotlib
             net, tokenizer = loader(model, kind, device)
-            logging.getLogger("hf_effattn.planning").setLevel(logging.INFO)
             found = plan(
                 net,
                 documents,

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
+from ..plans import DENSE
 from .base import TASKS
-from .variants import DENSE, PARTS, name_of_part
+from .variants import PARTS, name_of_part
 
 Records = Sequence[dict[str, Any]]
 RATES = {"prefill": "prefill_seconds", "decoding": "step_seconds"}  # keys of records

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..report import attention_report
 from ..targets import find_targets, position_embeddings
 from .base import TASKS, Example, Material, Task
+from .lines import add_line, read_lines
 from .report import Results
 from .subject import Subject
 from .variants import EVICTIONS_START_LATE, Variant, as_variant, digest_of, is_converted, mechanisms
@@ -199,14 +200,14 @@ class _Store:
                 found = ", ".join(f"{key} was {before.get(key)!r}, is {identity[key]!r}" for key in differing)
                 raise ValueError(f"{folder} holds results of other settings ({found}); give another folder")
         self._save()
-        self._read()
+        for record in read_lines(self.path):
+            self.records[record["variant"], record["task"], record["length"], record["index"]] = record
 
     def add(self, key: Key, record: dict[str, Any]) -> None:
         variant, task, length, index = key
         whole = {"variant": variant, "task": task, "length": length, "index": index, **record}
         self.records[key] = whole
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(whole, ensure_ascii=False) + "\n")
+        add_line(self.path, whole)
 
     def agrees(self, works: Sequence[Work]) -> None:
         """Raise a ValueError if records are of other examples than these."""
@@ -237,15 +238,3 @@ class _Store:
         new = path.with_suffix(".new")
         new.write_text(json.dumps(self.settings, indent=1) + "\n")
         new.replace(path)
-
-    def _read(self) -> None:
-        """Read what is there; a last line that was cut off while it was written is given up."""
-        if not self.path.exists():
-            return
-        text = self.path.read_text(encoding="utf-8", errors="replace")
-        whole, _, rest = text.rpartition("\n")
-        if rest:
-            self.path.write_text(whole + "\n" if whole else "", encoding="utf-8")
-        for line in filter(None, whole.split("\n")):
-            record = json.loads(line)
-            self.records[record["variant"], record["task"], record["length"], record["index"]] = record

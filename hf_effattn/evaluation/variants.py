@@ -15,13 +15,13 @@ from transformers import PreTrainedModel
 from ..attention import HybridAttention
 from ..config import MechanismConfig, SparseConfig, config_from_dict, make_config
 from ..convert import convert_attention, revert_attention
-from ..plans import Plan
+from ..plans import DENSE, Plan
 from ..recovery import load_adapter
 from ..recovery.adapter_files import FILES, local, read
 from ..recovery.teacher import converted_layers, mechanism_of
 from ..targets import choose_layers, find_targets
 
-DENSE, ADAPTER, PLAN = "dense", "adapter", "plan"
+ADAPTER, PLANNED = "adapter", "plan"
 PARTS = ("window", "linear")
 NO_PARTS = "only linear attention with a window has parts to leave out; no layer is of this kind"
 EVICTIONS_START_LATE = "Evictions start after the prompt: loglikelihoods are those of dense attention"
@@ -34,7 +34,7 @@ class Variant:
     Args:
         name: In reports.
         mechanism: "linear" or "sparse"; None for the model as it was given, DENSE for softmax attention, ADAPTER for
-            what `save_adapter` wrote, PLAN for what `Plan.save` wrote.
+            what `save_adapter` wrote, PLANNED for what `Plan.save` wrote.
         options: Of the mechanism; of an adapter, its `folder`; of a plan, its `file`.
         part: "window" or "linear" to leave only this part of linear layers with a window; None for both.
     """
@@ -58,8 +58,8 @@ class Variant:
             return cls(DENSE, DENSE)
         if mechanism == ADAPTER and rest:
             return cls(text, ADAPTER, {"folder": rest})
-        if mechanism == PLAN and rest:
-            return cls(text, PLAN, {"file": rest})
+        if mechanism == PLANNED and rest:
+            return cls(text, PLANNED, {"file": rest})
         if mechanism not in ("linear", "sparse"):
             raise ValueError(
                 "a variant is 'dense', 'adapter:FOLDER', 'plan:FILE', or 'linear' or 'sparse' with options behind a "
@@ -96,7 +96,7 @@ def mechanisms(model: PreTrainedModel, variant: Variant) -> list[MechanismConfig
         saved = read(local(variant.options["folder"]))
         saved.check_whole()
         found = [config_from_dict(layer) for layer in saved.layers if layer]
-    elif variant.mechanism == PLAN:
+    elif variant.mechanism == PLANNED:
         found = list(Plan.load(variant.options["file"]).configs().values())
     elif variant.mechanism != DENSE:
         options = dict(variant.options)
@@ -110,7 +110,7 @@ def mechanisms(model: PreTrainedModel, variant: Variant) -> list[MechanismConfig
 
 def digest_of(variant: Variant) -> str | None:
     """Return a digest of the files that a variant is made of; None for a variant without any."""
-    paths = [Path(variant.options["file"])] if variant.mechanism == PLAN else []
+    paths = [Path(variant.options["file"])] if variant.mechanism == PLANNED else []
     if variant.mechanism == ADAPTER:
         folder = local(variant.options["folder"])
         paths = [folder / name for name in FILES]
@@ -134,7 +134,7 @@ def as_variant(model: PreTrainedModel, variant: Variant) -> Iterator[PreTrainedM
     tuned: Any = model
     if variant.mechanism == ADAPTER:
         tuned = load_adapter(model, variant.options["folder"])
-    elif variant.mechanism == PLAN:
+    elif variant.mechanism == PLANNED:
         convert_attention(model, Plan.load(variant.options["file"]))
     elif variant.mechanism != DENSE:
         convert_attention(model, variant.mechanism, **variant.options)

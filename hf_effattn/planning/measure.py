@@ -38,14 +38,15 @@ def logits_of(model: PreTrainedModel, probe: Probe) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def loss_of(model: PreTrainedModel, probe: Probe, dense: torch.Tensor) -> Loss:
-    """Return the losses of the model as it is on one calibration text.
+def loss_of(logits: torch.Tensor, probe: Probe, dense: torch.Tensor) -> Loss:
+    """Return the losses that logits have on one calibration text.
 
     Args:
-        dense: Logits of the dense model `[T, V]`.
+        logits: Of some model `[T, V]`.
+        dense: Of the dense model `[T, V]`.
     """
     losses, divergences = [], []
-    parts = (x.split(PIECE) for x in (logits_of(model, probe), dense, probe.ids[1:].to(model.device)))
+    parts = (x.split(PIECE) for x in (logits, dense, probe.ids[1:].to(logits.device)))
     for own, wanted, targets in zip(*parts, strict=True):
         found, expected = (x.float().log_softmax(dim=-1) for x in (own, wanted))
         losses.append(-found.gather(1, targets[:, None])[:, 0])
@@ -131,4 +132,4 @@ def single_changes(
     for index, candidate in sorted(wanted, key=lambda pair: pair[0]):
         assign(model, base | {index: candidate})
         with layers.from_layer(index):
-            yield index, candidate, loss_of(model, probe, dense)
+            yield index, candidate, loss_of(logits_of(model, probe), probe, dense)

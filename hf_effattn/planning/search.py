@@ -86,12 +86,11 @@ def plan(
     found = read_candidates(default_candidates(context_length) if candidates is None else candidates)
     layers = choose_layers(targets, None, None)
     probes = make_probes(documents, tokenizer or _tokenizer(model), context_length, number, seed)
-    folder = None if out is None else Path(out)
+    journal = Journal() if out is None else Journal(Path(out), identity_of(model, probes))
     was_training = model.training
     model.eval()
     try:
-        search = _Search(model, layers, found, probes, Journal(folder, identity_of(model, probes)), recall_weight)
-        return search.run(budget, rounds)
+        return _Search(model, layers, found, probes, journal, recall_weight).run(budget, rounds)
     finally:
         revert_attention(model)
         model.train(was_training)
@@ -114,7 +113,8 @@ class _Search:
         journal: Journal,
         recall_weight: float,
     ) -> None:
-        self.model, self.layers, self.candidates, self.probes = model, layers, candidates, probes
+        self.model, self.layers, self.probes = model, layers, probes
+        self.candidates = {candidate.name: candidate for candidate in candidates}
         self.journal, self.recall_weight = journal, recall_weight
         self._dense: dict[int, torch.Tensor] = {}
         self.context_length = len(probes[0].ids) - 1
@@ -123,9 +123,9 @@ class _Search:
     def run(self, wanted: str | int | Budget, rounds: int) -> Plan:
         empty = self._priced(wanted)
         empty.for_budget(empty.budget)  # one that cannot be kept is told before hours of measuring
-        measured = {c.name: self.losses(self.everywhere(c), c.name) for c in self.candidates}
+        measured = {name: self.losses(self.everywhere(name), name) for name in self.candidates}
         empty = replace(empty, measured=measured)
-        base = self.everywhere(next(c for c in self.candidates if c.name == DENSE))
+        base = self.everywhere(DENSE)
         best: Plan | None = None
         for round_number in range(rounds):
             new = self.around(base, empty, f"round {round_number + 1}").for_budget(empty.budget)
@@ -141,21 +141,22 @@ class _Search:
         assert best is not None
         return best
 
-    def everywhere(self, candidate: Candidate) -> Choice:
-        return dict.fromkeys(self.layers, candidate)
+    def everywhere(self, name: str) -> Choice:
+        return dict.fromkeys(self.layers, self.candidates[name])
 
     def choice(self, found: Plan) -> Choice:
-        by_name = {candidate.name: candidate for candidate in self.candidates}
-        return {layer.index: by_name[layer.choice] for layer in found.layers}
+        return {layer.index: self.candidates[layer.choice] for layer in found.layers}
 
     def losses(self, choice: Choice, name: str) -> Loss:
         """Return the mean losses of a model with this choice."""
         keys = [f"{number} {self._key(choice)}" for number in range(len(self.probes))]
         missing = [number for number, key in enumerate(keys) if key not in self.journal]
         for number in tqdm(missing, desc=name, unit="text", disable=not missing):
-            dense = self.dense_logits(number)
-            assign(self.model, choice)
-            self.journal.add(keys[number], loss_of(self.model, self.probes[number], dense))
+            own = dense = self.dense_logits(number)
+            if name != DENSE:
+                assign(self.model, choice)
+                own = logits_of(self.model, self.probes[number])
+            self.journal.add(keys[number], loss_of(own, self.probes[number], dense))
         return _mean([self.journal.loss(key) for key in keys])
 
     def dense_logits(self, number: int) -> torch.Tensor:
@@ -167,7 +168,7 @@ class _Search:
 
     def around(self, base: Choice, empty: Plan, name: str) -> Plan:
         """Return a plan with the costs of single changes of `base`."""
-        pairs = [(i, c) for i in self.layers for c in self.candidates if c != base[i]]
+        pairs = [(i, c) for i in self.layers for c in self.candidates.values() if c != base[i]]
         with tqdm(total=len(pairs) * len(self.probes), desc=name, unit="change") as bar:
             for number, probe in enumerate(self.probes):
                 keys = {pair: f"{number} {self._key(base | dict([pair]))}" for pair in pairs}
@@ -180,8 +181,8 @@ class _Search:
         start = self.losses(base, name).total(self.recall_weight)
         layers = []
         for layer in empty.layers:
-            losses = {c.name: self.losses(base | {layer.index: c}, name) for c in self.candidates}
-            costs = {each: loss.total(self.recall_weight) - start for each, loss in losses.items()}
+            changed = {each: base | {layer.index: c} for each, c in self.candidates.items()}
+            costs = {each: self.losses(c, name).total(self.recall_weight) - start for each, c in changed.items()}
             # That a few answers are likelier if a layer forgets is chance, and would add up to much.
             least = min(costs[DENSE], 0.0)
             costs = {each: max(cost, least) for each, cost in costs.items()}
@@ -191,36 +192,36 @@ class _Search:
     def _priced(self, wanted: str | int | Budget) -> Plan:
         """Return a plan that knows what everything costs, and nothing of losses."""
         reports = {}
-        for candidate in self.candidates:
-            assign(self.model, self.everywhere(candidate))
-            reports[candidate.name] = attention_report(self.model, self.context_length)
+        for name in self.candidates:
+            assign(self.model, self.everywhere(name))
+            reports[name] = attention_report(self.model, self.context_length)
         dense = reports[DENSE]
         budget = Budget.parse(wanted, dense.cache_bytes)
         own = {name: {x.index: float(x.cache_bytes) for x in report.layers} for name, report in reports.items()}
         fixed = sum(bytes_ for index, bytes_ in own[DENSE].items() if index not in self.layers)
         if budget.unit != BYTES:
             fixed = 0.0
-            seconds = {candidate.name: self._seconds(candidate) / len(self.layers) for candidate in self.candidates}
+            seconds = {name: self._seconds(name) / len(self.layers) for name in self.candidates}
             own = {name: dict.fromkeys(self.layers, each) for name, each in seconds.items()}
         prices = {i: {name: own[name][i] for name in own} for i in self.layers}
-        nothing = {candidate.name: 0.0 for candidate in self.candidates}
+        nothing = dict.fromkeys(self.candidates, 0.0)
         return Plan(
             model_type=self.model_type,
             num_layers=len(find_targets(self.model).natives),
             context_length=self.context_length,
             budget=budget,
             fixed_price=fixed,
-            candidates={c.name: None if c.config is None else c.config.to_dict() for c in self.candidates},
+            candidates={n: None if c.config is None else c.config.to_dict() for n, c in self.candidates.items()},
             layers=tuple(LayerChoice(i, DENSE, prices[i], nothing) for i in self.layers),
             start=0.0,
             recall_weight=self.recall_weight,
             measured={},
         )
 
-    def _seconds(self, candidate: Candidate) -> float:
-        key = f"seconds {candidate.name}"
+    def _seconds(self, name: str) -> float:
+        key = f"seconds {name}"
         if key not in self.journal:
-            assign(self.model, self.everywhere(candidate))
+            assign(self.model, self.everywhere(name))
             self.journal.add(key, step_seconds(self.model, self.probes[0].ids[:-1]))
         return float(self.journal.known[key])
 

@@ -24,9 +24,8 @@ def draw(plan: Plan) -> Any:
 def _frontier(axis: Any, plan: Plan) -> None:
     scale = 1e-6 if plan.budget.unit == BYTES else 1e3
     dense = plan.total(DENSE)
-    prices = {name: plan.fixed_price + sum(x.prices[name] for x in plan.layers) for name in plan.candidates}
-    least = plan.fixed_price + sum(min(layer.prices.values()) for layer in plan.layers)
-    most = max(prices.values())
+    prices = {name: plan.price_of(name) for name in plan.candidates}
+    least, most = plan.least_price, max(prices.values())
     curve = []
     for number in range(POINTS + 1):
         limit = 1.0001 * least * (most / least) ** (number / POINTS)
@@ -58,7 +57,7 @@ def _layers(axis: Any, plan: Plan) -> None:
     import numpy as np
     from matplotlib.colors import SymLogNorm
 
-    names = sorted(plan.candidates, key=lambda name: sum(x.prices[name] for x in plan.layers))
+    names = sorted(plan.candidates, key=plan.price_of)
     costs = np.array([[x.costs[name] - min(x.costs.values()) for x in plan.layers] for name in names])
     norm = SymLogNorm(linthresh=1e-3, vmin=0.0, vmax=max(float(costs.max()), 2e-3))
     image = axis.imshow(costs, aspect="auto", cmap="YlOrRd", norm=norm, origin="lower")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import MechanismConfig, config_from_dict
-from .budget import Budget
+from .budget import BYTES, Budget
 from .knapsack import choose
 
 PLAN, DENSE = "this plan", "dense"
@@ -86,6 +86,15 @@ class Plan:
         return self.fixed_price + sum(layer.prices[layer.choice] for layer in self.layers)
 
     @property
+    def least_price(self) -> float:
+        """What the cheapest candidate of each layer costs, in the unit of the budget."""
+        return self.fixed_price + sum(min(layer.prices.values()) for layer in self.layers)
+
+    def price_of(self, name: str) -> float:
+        """Return what a candidate in all layers costs, in the unit of the budget."""
+        return self.fixed_price + sum(layer.prices[name] for layer in self.layers)
+
+    @property
     def predicted(self) -> float:
         """The loss, recall weighted, if what single layers lose adds up."""
         return self.start + sum(layer.costs[layer.choice] for layer in self.layers)
@@ -102,18 +111,17 @@ class Plan:
         Raises:
             ValueError: for a budget that no choice keeps, or of another unit.
         """
-        dense = self.fixed_price + sum(layer.prices[DENSE] for layer in self.layers)
-        wanted = Budget.parse(budget, round(dense))
+        wanted = Budget.parse(budget, round(self.price_of(DENSE)))
         if wanted.unit != self.budget.unit:
             raise ValueError(f"the prices of this plan are in {self.budget.unit}; plan again for {wanted.unit}")
         names = list(self.candidates)
-        costs, prices = ([[row[n] for n in names] for row in rows] for rows in self._tables())
+        costs = [[layer.costs[name] for name in names] for layer in self.layers]
+        prices = [[layer.prices[name] for name in names] for layer in self.layers]
         found = choose(costs, prices, wanted.limit - self.fixed_price)
         if found is None:
-            least = self.fixed_price + sum(min(layer.prices.values()) for layer in self.layers)
             raise ValueError(
                 f"the budget of {wanted.show(wanted.limit)} cannot be kept: the cheapest candidates need "
-                f"{wanted.show(least)}; raise it, or give cheaper candidates"
+                f"{wanted.show(self.least_price)}; raise it, or give cheaper candidates"
             )
         layers = tuple(replace(x, choice=names[i]) for x, i in zip(self.layers, found, strict=True))
         measured = {name: loss for name, loss in self.measured.items() if name != PLAN}
@@ -185,11 +193,8 @@ class Plan:
         ]
         return "\n".join([*table, "", *self._summary()])
 
-    def _tables(self) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
-        return [layer.costs for layer in self.layers], [layer.prices for layer in self.layers]
-
     def _price(self, price: float) -> str:
-        return f"{price:,.0f} B" if self.budget.unit == "bytes" else f"{1e3 * price:,.2f} ms"
+        return f"{price:,.0f} B" if self.budget.unit == BYTES else f"{1e3 * price:,.2f} ms"
 
     def _summary(self) -> list[str]:
         lines = [

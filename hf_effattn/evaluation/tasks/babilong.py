@@ -17,10 +17,11 @@ PROMPT = (
     'For example, from "{facts}" and "{shown}" follows the answer: {answer}.\n\nText:\n{text}\n\nQuestion: {question}'
 )
 PREFIX = " Answer:"
-CARRY = " and the things that they carry"
-CARRIED = (
-    "Charlie went to the hallway. Judith moved to the kitchen. Judith took the lamp there. Judith went to the office."
-)
+THINGS = {
+    "carry": " and the things that they carry",
+    "facts": "Charlie went to the hallway. Judith moved to the kitchen. Judith took the lamp there. "
+    "Judith went to the office.",
+}
 
 
 @TASKS.register("babilong")
@@ -57,7 +58,8 @@ class Babilong(DrawnTask):
         details = {"depths": counting, "facts": len(story.facts), "question": story.question}
         return Example(prompt, (story.answer,), PREFIX, details)
 
-    def story(self, chance: random.Random, number: int) -> Story:
+    @staticmethod
+    def story(chance: random.Random, number: int) -> Story:
         """Return a story of at least so many facts."""
         return where_is_a_person(chance, number)
 
@@ -70,17 +72,9 @@ class BabilongThings(Babilong):
     """Six sentences or more about persons that go to places, take things and put them down; where a thing is now is
     asked for, which two of the facts tell (BABILong qa2)."""
 
+    story = staticmethod(where_is_a_thing)
     numbers = (6, 10, 14, 18, 22)
-    words = {
-        "carry": CARRY,
-        "asked": "a thing is now",
-        "facts": CARRIED,
-        "shown": "Where is the lamp?",
-        "answer": "office",
-    }
-
-    def story(self, chance: random.Random, number: int) -> Story:
-        return where_is_a_thing(chance, number)
+    words = {**THINGS, "asked": "a thing is now", "shown": "Where is the lamp?", "answer": "office"}
 
 
 @TASKS.register("babilong_qa3")
@@ -88,14 +82,11 @@ class BabilongWays(Babilong):
     """Twelve sentences or more about persons that go to places, take things and put them down; where a thing was before
     it came to a place is asked for, which three of the facts tell (BABILong qa3)."""
 
+    story = staticmethod(where_was_a_thing)
     numbers = (12, 20, 28, 36, 44)
     words = {
-        "carry": CARRY,
+        **THINGS,
         "asked": "a thing was before",
-        "facts": CARRIED,
         "shown": "Where was the lamp before the office?",
         "answer": "kitchen",
     }
-
-    def story(self, chance: random.Random, number: int) -> Story:
-        return where_was_a_thing(chance, number)
