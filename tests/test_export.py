@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import DEFAULTS, Case, close, converted_model, positions_of, tiny_model, tokens
+from matrix import OF_FOUR_HEADS, Case, close, converted_model, positions_of, tiny_model, tokens
 
 pytestmark = pytest.mark.slow
 IDS = tokens(2, 24)
@@ -14,7 +14,7 @@ OTHER = tokens(2, 24, seed=1)
 BATCH = torch.export.Dim("batch", min=2, max=8)
 LENGTH = torch.export.Dim("length", min=2, max=100)
 on_two_models = pytest.mark.parametrize("model", ["llama-gqa", "gpt2"])
-cases = pytest.mark.parametrize("case", [None, *DEFAULTS], ids=str)  # None: the dense model, which sets the standard
+cases = pytest.mark.parametrize("case", [None, *OF_FOUR_HEADS], ids=str)  # None: the dense model, the standard
 Inputs = dict[str, Any]
 
 
@@ -80,7 +80,7 @@ def test_packed_documents_are_honoured_or_refused_by_the_exported_model(model: s
         close(actual, net(**packed, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("case", DEFAULTS, ids=str)
+@pytest.mark.parametrize("case", OF_FOUR_HEADS, ids=str)
 @on_two_models
 @torch.no_grad()
 def test_an_exported_model_has_one_length(model: str, case: Case) -> None:

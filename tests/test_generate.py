@@ -8,8 +8,8 @@ import pytest
 import torch
 from families import VOCABULARY
 from matrix import (
-    DEFAULTS,
     MODELS,
+    OF_FOUR_HEADS,
     ONE_CASE_EACH,
     ONE_STATE_EACH,
     Case,
@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, P
 from transformers.generation.streamers import BaseStreamer
 
 on_every_model = pytest.mark.parametrize("model", MODELS)
-defaults = pytest.mark.parametrize("case", DEFAULTS, ids=str)
+defaults = pytest.mark.parametrize("case", OF_FOUR_HEADS, ids=str)
 NEW = {"max_new_tokens": 12, "do_sample": False}
 
 

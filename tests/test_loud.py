@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import VOCABULARY
-from matrix import DEFAULTS, MODELS, Case, converted_model, tiny_config, tiny_model, tokens
+from matrix import DEFAULTS, MODELS, OF_FOUR_HEADS, Case, converted_model, tiny_config, tiny_model, tokens
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -26,7 +26,7 @@ from hf_effattn import LinearConfig
 from hf_effattn.patterns import Pattern, sliding_window
 
 on_every_model = pytest.mark.parametrize("model", MODELS)
-defaults = pytest.mark.parametrize("case", DEFAULTS, ids=str)
+defaults = pytest.mark.parametrize("case", OF_FOUR_HEADS, ids=str)
 IDS = tokens(2, 20)
 
 
@@ -41,7 +41,14 @@ IDS = tokens(2, 20)
         (("linear",), {"window": 4.0}, TypeError, "window must be an integer"),
         (("linear",), {"window": 0, "num_sinks": 4}, ValueError, "num_sinks=4 needs a softmax window"),
         (("linear",), {"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
-        (("linear",), {"backend": "triton"}, ValueError, "valid: auto, chunked, reference"),
+        (("linear",), {"backend": "fused"}, ValueError, "valid: auto, chunked, reference, triton"),
+        (("linear",), {"backend": "triton"}, ValueError, "no softmax window.*valid: auto, chunked, reference"),
+        (
+            ("linear",),
+            {"backend": "triton", "window": 0, "recurrence": "delta"},
+            ValueError,
+            "no delta rule, as of 'delta'; valid: auto, chunked, reference",
+        ),
         (("linear",), {"pattern": "streaming"}, ValueError, "unknown option 'pattern' of linear"),
         (("sparse",), {}, ValueError, r"'streaming' needs \['window'\]"),
         (("sparse",), {"pattern": "butterfly"}, ValueError, "valid: bigbird, dilated, fixed, .*strided"),
@@ -53,7 +60,7 @@ IDS = tokens(2, 20)
             ValueError,
             "'banded' computes windows",
         ),
-        (("sparse",), {"window": 8, "backend": "fast"}, ValueError, "valid: auto, banded, gathered, masked, reference"),
+        (("sparse",), {"window": 8, "backend": "fast"}, ValueError, "valid: auto, banded, gathered, flex, masked"),
         (("sparse",), {"pattern": sliding_window(4), "window": 8}, ValueError, "belong to named patterns"),
         (("sparse",), {"pattern": 7}, TypeError, "must be a Pattern or one of"),
         (("sparse",), {"pattern": Pattern(lambda b, h, q, k: k == q)}, ValueError, "register_pattern"),

@@ -32,7 +32,7 @@ from hf_effattn.patterns import (
 )
 from hf_effattn.patterns.base import register_pattern
 
-ALL = patterns()
+ALL = {**patterns(), "every key": sliding_window((None,)), "windows alike": sliding_window((5, 5))}
 LENGTH = 60
 
 
@@ -117,7 +117,8 @@ def test_retentions_compose_safely(
 def test_a_band_is_the_pattern(name: str) -> None:
     band = ALL[name].band
     if band is not None:
-        assert torch.equal(matrix(ALL[name]), by_hand(lambda i, j: i - j < band.window or j < band.num_sinks))
+        window = LENGTH if band.window is None else band.window
+        assert torch.equal(matrix(ALL[name]), by_hand(lambda i, j: i - j < window or j < band.num_sinks))
 
 
 @pytest.mark.parametrize("name", list(ALL))

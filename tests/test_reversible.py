@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from families import NUM_LAYERS
-from matrix import DEFAULTS, MODELS, ONE_CASE_EACH, Case, tiny_config, tiny_model, tokens
+from matrix import MODELS, OF_FOUR_HEADS, ONE_CASE_EACH, Case, tiny_config, tiny_model, tokens
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
 import hf_effattn
@@ -115,7 +115,7 @@ def test_the_function_and_the_method_are_one() -> None:
     assert hf_effattn.revert_attention(net) is net
 
 
-@pytest.mark.parametrize("case", DEFAULTS, ids=str)
+@pytest.mark.parametrize("case", OF_FOUR_HEADS, ids=str)
 @on_every_model
 def test_other_heads_convert_too(model: str, case: Case) -> None:
     config = tiny_config(model, num_labels=3)

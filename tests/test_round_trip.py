@@ -15,6 +15,7 @@ from matrix import (
     COMPOSITIONS,
     DEFAULTS,
     MODELS,
+    OF_FOUR_HEADS,
     ONE_CASE_EACH,
     Case,
     converted_model,
@@ -29,7 +30,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaForCa
 from hf_effattn.integration.classes import original_class
 
 on_every_model = pytest.mark.parametrize("model", MODELS)
-defaults = pytest.mark.parametrize("case", DEFAULTS, ids=str)
+defaults = pytest.mark.parametrize("case", OF_FOUR_HEADS, ids=str)
 IDS = tokens(2, 30)
 
 

@@ -8,13 +8,13 @@ from typing import Any
 import families
 import pytest
 import torch
-from matrix import DEFAULTS, MODELS, Case, converted_model, left_padded, positions_of, shake, tiny_model, tokens
+from matrix import MODELS, OF_FOUR_HEADS, Case, converted_model, left_padded, positions_of, shake, tiny_model, tokens
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel, StaticCache
 
 # Beside the defaults, a store that keeps every key and one that pins some.
 CASES = [
-    *DEFAULTS,
+    *OF_FOUR_HEADS,
     Case("strided", "sparse", {"pattern": "strided", "stride": 4}),
     Case("global_tokens", "sparse", {"pattern": "global_tokens", "positions": (0, 9)}),
 ]
@@ -76,7 +76,7 @@ def test_a_compiled_step_gives_the_same_tokens_from_one_graph(model: str, case: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layers", [[1], None], ids=["mixed", "default"])
-@pytest.mark.parametrize("case", DEFAULTS, ids=str)
+@pytest.mark.parametrize("case", OF_FOUR_HEADS, ids=str)
 def test_softmax_layers_beside_converted_ones_compile_too(case: Case, layers: list[int] | None) -> None:
     net = with_native_windows(case)
     if layers:
@@ -90,7 +90,7 @@ def test_softmax_layers_beside_converted_ones_compile_too(case: Case, layers: li
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", DEFAULTS, ids=str)
+@pytest.mark.parametrize("case", OF_FOUR_HEADS, ids=str)
 def test_generate_compiles_by_itself(case: Case) -> None:
     net = converted_model("llama-gqa", case)
     config = CompileConfig(fullgraph=True, backend="aot_eager", dynamic=False)

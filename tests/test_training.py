@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import DEFAULTS, MODELS, ONE_CASE_EACH, Case, tiny_model, tokens
+from matrix import MODELS, OF_FOUR_HEADS, ONE_CASE_EACH, Case, tiny_model, tokens
 from peft import LoraConfig, get_peft_model
 from training import student
 from transformers import DynamicCache, Trainer, TrainingArguments
 
 on_every_model = pytest.mark.parametrize("model", MODELS)
-defaults = pytest.mark.parametrize("case", DEFAULTS, ids=str)
+defaults = pytest.mark.parametrize("case", OF_FOUR_HEADS, ids=str)
 IDS = tokens(2, 24)
 
 

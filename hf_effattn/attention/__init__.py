@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..config import MechanismConfig
 from .base import MECHANISMS, Call, HeadGeometry, Mechanism
+from .by_head import ByHeadAttention
 from .evicting import EvictingAttention
 from .hybrid import HybridAttention
 from .linear import LinearAttention
@@ -14,6 +15,7 @@ from .vertical_slash import VerticalSlashAttention
 
 __all__ = [
     "MECHANISMS",
+    "ByHeadAttention",
     "Call",
     "EvictingAttention",
     "HeadGeometry",

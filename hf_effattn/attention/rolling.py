@@ -31,9 +31,11 @@ class RollingAttention(SparseAttention):
 
     def __init__(self, config: SparseConfig, geometry: HeadGeometry) -> None:
         super().__init__(config, geometry)
-        assert self.pattern.band is not None
-        self.band = self.pattern.band
-        self.last = self.band.num_sinks + self.band.window - 1
+        band = self.pattern.band
+        assert band is not None
+        assert band.window is not None
+        self.num_sinks, self.window = band.num_sinks, band.window
+        self.last = self.num_sinks + self.window - 1
 
     def describe(self) -> str:
         return f"{super().describe()} rolling"
@@ -63,11 +65,11 @@ class RollingAttention(SparseAttention):
         if rolled is None:
             return super()._attend_one(state, query, call)
         batch, heads, _, _ = query.shape
-        sinks, kv_heads, dtype = self.band.num_sinks, state.keys.shape[1], compute_dtype(query.dtype)
+        sinks, kv_heads, dtype = self.num_sinks, state.keys.shape[1], compute_dtype(query.dtype)
         folded = (x.reshape(batch, kv_heads, heads // kv_heads, -1).to(dtype) for x in (rolled, query))
         keys = (x.to(dtype).transpose(2, 3) for x in (state.keys[:, :, :sinks], state.keys[:, :, sinks:]))
         scores = torch.cat([torch.matmul(q, k) for q, k in zip(folded, keys, strict=True)], dim=-1).float() * call.scale
-        if state.least - self.store.num_leading < self.band.window:  # a slot may be empty
+        if state.least - self.store.num_leading < self.window:  # a slot may be empty
             last = state.num_tokens[:, None] - 1
             scores = scores.masked_fill(~self.pattern.visible(last, state.positions), -torch.inf)
         weights = scores.softmax(dim=-1).to(dtype)

@@ -6,7 +6,8 @@ import torch
 
 from ..cache import KeyValueState, KeyValueStore
 from ..config import SparseConfig
-from ..ops.sparse import banded, choose_backend, gathered, masked, reference
+from ..ops.sparse import banded, choose_backend, flex, gathered, masked, reference
+from ..patterns import Pattern
 from .base import MECHANISMS, Call, HeadGeometry, Mechanism
 
 
@@ -17,18 +18,14 @@ class SparseAttention(Mechanism):
     Args:
         config: The pattern and the backend.
         geometry: Heads and head dimension of the layer.
+        pattern: What the heads see; None for the pattern of the config.
     """
 
     options: SparseConfig
 
-    def __init__(self, config: SparseConfig, geometry: HeadGeometry) -> None:
+    def __init__(self, config: SparseConfig, geometry: HeadGeometry, pattern: Pattern | None = None) -> None:
         super().__init__(config, geometry)
-        self.pattern = config.resolve()
-        if self.pattern.num_heads not in (None, geometry.num_heads):
-            raise ValueError(
-                f"{self.pattern.describe()} is for {self.pattern.num_heads} query heads; the layer has "
-                f"{geometry.num_heads}"
-            )
+        self.pattern = pattern or resolve_for(config, geometry)
         self.store = KeyValueStore(self.pattern.retention)
 
     def attend(
@@ -41,8 +38,8 @@ class SparseAttention(Mechanism):
             return self._attend_one(state, query, call), state
         if backend == "banded":
             output = self._attend_band(state, query, key, value, call)
-        elif backend == "gathered" and not self._needs_masks(call):
-            output = self._attend_gathered(state, query, key, value, call)
+        elif backend in ("gathered", "flex") and not self._needs_masks(call):
+            output = self._attend_places(state, query, key, value, call)
         else:
             output = self._attend_positions(state, query, key, value, call)
         return output, self.store.append(state, key, value, call.lengths) if call.keep_state else state
@@ -74,33 +71,43 @@ class SparseAttention(Mechanism):
 
     def _attend_one(self, state: KeyValueState, query: torch.Tensor, call: Call) -> torch.Tensor:
         """Attend with one query, the last token of `state`, to whatever slots it sees."""
-        window, leading = self.store.window, self.store.num_leading
-        if self.pattern.band and window is not None and state.least - leading >= window > 1:
-            return masked.attend(query, state.keys, state.values, None, call.scale, call.dropout)
+        if self.pattern.band and self.store.window != 1 and self._is_filled(state):
+            keys, values = (x[:, :, : state.most] for x in (state.keys, state.values))
+            return masked.attend(query, keys, values, None, call.scale, call.dropout)
         last = state.num_tokens[:, None] - 1
         return masked.sparse_attention(
             query, state.keys, state.values, self.pattern, last, state.positions, call.scale, call.dropout
         )
 
+    def _is_filled(self, state: KeyValueState) -> bool:
+        """Whether the first `state.most` slots of every row, as far as there are so many, hold a token."""
+        window, leading = self.store.window, self.store.num_leading
+        return state.least == state.most or (window is not None and state.least - leading >= window)
+
     def _attend_band(
         self, state: KeyValueState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
     ) -> torch.Tensor:
         assert self.pattern.band is not None
-        stream = self.store.stream(state, key, value, self.pattern.band.window - 1)
+        window = self.pattern.band.window
+        stream = self.store.stream(state, key, value, state.most if window is None else window - 1)
         return banded.sparse_attention(query, stream, self.pattern.band, call.scale, call.dropout)
 
     def _needs_masks(self, call: Call) -> bool:
         """Whether the gathered backend cannot do what is asked: drop weights, or be traced by the compiler."""
-        if self.options.backend == "gathered" and call.dropout:
-            raise ValueError("backend 'gathered' has no attention dropout; use 'auto', or set attention_dropout to 0")
+        if self.options.backend in ("gathered", "flex") and call.dropout:
+            raise ValueError(
+                f"backend {self.options.backend!r} has no attention dropout; use 'auto', or set attention_dropout to 0"
+            )
         return self.options.backend == "auto" and (call.dropout > 0 or torch.compiler.is_compiling())
 
-    def _attend_gathered(
+    def _attend_places(
         self, state: KeyValueState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
     ) -> torch.Tensor:
         """Attend where all rows have the same past; else row by row."""
+        chosen = self.backend(query.device.type)
+        compute = flex.sparse_attention if chosen == "flex" else gathered.sparse_attention
         if state.most == 0:
-            return gathered.sparse_attention(query, key, value, self.pattern, gathered.Places(), call.scale)
+            return compute(query, key, value, self.pattern, gathered.Places(), call.scale)
         keys, values = torch.cat((state.keys, key), dim=2), torch.cat((state.values, value), dim=2)
         index = torch.arange(query.shape[2], device=query.device)
         rows = [slice(None)] if state.least == state.most else [slice(b, b + 1) for b in range(query.shape[0])]
@@ -108,9 +115,7 @@ class SparseAttention(Mechanism):
         for row in rows:
             first = int(state.num_tokens[row][0])
             places = gathered.Places.of(first, torch.cat((state.positions[row][0], first + index)))
-            outputs.append(
-                gathered.sparse_attention(query[row], keys[row], values[row], self.pattern, places, call.scale)
-            )
+            outputs.append(compute(query[row], keys[row], values[row], self.pattern, places, call.scale))
         return torch.cat(outputs)
 
     def _attend_positions(
@@ -130,3 +135,22 @@ class SparseAttention(Mechanism):
             call.scale,
             call.dropout,
         )
+
+
+def resolve_for(config: SparseConfig, geometry: HeadGeometry) -> Pattern:
+    """Return the pattern of `config` for all query heads; what it says of key/value heads holds for the query heads
+    that share them.
+
+    Raises:
+        ValueError: if it is for another number of heads.
+    """
+    pattern = config.resolve()
+    if pattern.num_heads in (None, geometry.num_heads):
+        return pattern
+    if pattern.num_heads != geometry.num_kv_heads or pattern.for_heads is None:
+        raise ValueError(
+            f"{pattern.describe()} is for {pattern.num_heads} heads; the layer has {geometry.num_heads} query heads "
+            f"and {geometry.num_kv_heads} key/value heads"
+        )
+    share = geometry.num_heads // geometry.num_kv_heads
+    return pattern.for_heads([head for head in range(geometry.num_kv_heads) for _ in range(share)])

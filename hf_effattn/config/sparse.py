@@ -26,7 +26,8 @@ class SparseConfig(MechanismConfig):
         pattern: Name of a registered pattern, or a `Pattern` such as `sliding_window(64) | sinks(4)`.
         window, num_sinks, positions, stride, num_summary, group_size, block_size, num_random, seed: Options of the
             named pattern; which of them it takes, and what they mean, its factory in `hf_effattn.patterns` says. None
-            leaves the factory's default.
+            leaves the factory's default; in a list of windows, one for each query head or each key/value head, it is
+            a head that sees and keeps every key.
         selector: Name of a selector, instead of a pattern: queries choose keys by content, as many as its options
             `block_size`, `num_blocks`, `num_columns`, `num_diagonals` say (see `hf_effattn.selectors`).
         eviction: Name of an eviction, instead of a pattern: the cache is reduced to `capacity` tokens after the prompt
@@ -34,14 +35,15 @@ class SparseConfig(MechanismConfig):
         position_mode: "absolute", or "rolling" for windows with sinks, which lets rotary models read on without end
             (see `hf_effattn.attention.rolling`).
         backend: "auto", "banded" (windows and sinks only), "gathered" (any pattern whose keys are known beforehand, on
-            a CPU), "masked" (any pattern, in the time of dense attention), or "reference" (slow: for tests).
+            a CPU), "flex" (any pattern, by a kernel that PyTorch compiles for CUDA; "auto" does not choose it yet),
+            "masked" (any pattern, in the time of dense attention), or "reference" (slow: for tests).
     """
 
     mechanism: ClassVar[str] = "sparse"
-    backends: ClassVar[tuple[str, ...]] = ("auto", "banded", "gathered", "masked", "reference")
+    backends: ClassVar[tuple[str, ...]] = ("auto", "banded", "gathered", "flex", "masked", "reference")
 
     pattern: str | Pattern = "streaming"
-    window: int | Sequence[int] | None = None
+    window: int | Sequence[int | None] | None = None
     num_sinks: int | None = None
     positions: Sequence[int] | None = None
     stride: int | None = None
@@ -73,10 +75,12 @@ class SparseConfig(MechanismConfig):
             return
         pattern = self.resolve()
         if self.kind == "rolling" and not (pattern.is_windowed and pattern.band and pattern.band.num_sinks):
-            raise ValueError(f"position_mode='rolling' is for windows with sinks; {pattern.describe()} is none")
+            raise ValueError(
+                f"position_mode='rolling' is for windows with sinks; {pattern.describe()} is none that all heads share"
+            )
         if self.kind == "rolling" and self.backend not in ("auto", "banded"):
             raise ValueError(f"unknown backend {self.backend!r} of rolling positions; valid: auto, banded")
-        if self.backend == "banded" and not pattern.is_windowed:
+        if self.backend == "banded" and self.kind == "sparse" and not pattern.is_windowed:
             raise ValueError(
                 f"backend 'banded' computes windows, with or without sinks; {pattern.describe()} is none: "
                 "use 'auto', 'masked' or 'reference'"
@@ -88,7 +92,9 @@ class SparseConfig(MechanismConfig):
             return SELECTORS.get(self.selector).kind
         if self.eviction is not None:
             return "evicting"
-        return "rolling" if self.position_mode == "rolling" else "sparse"
+        if self.position_mode == "rolling":
+            return "rolling"
+        return "sparse" if self.resolve().num_heads is None else "by_head"
 
     def selection(self) -> dict[str, int]:
         """Return the options of the selector."""
@@ -141,7 +147,7 @@ class SparseConfig(MechanismConfig):
         return self.pattern
 
     def for_layer(self, index: int) -> MechanismConfig:
-        if self.kind != "sparse":
+        if self.kind not in ("sparse", "by_head"):
             return self
         spec = with_seed(self.resolve().spec, index)
         return self if spec is None else SparseConfig(pattern=pattern_from_spec(spec), backend=self.backend)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,10 +21,22 @@ from .retention import Retention
 @dataclass(frozen=True)
 class Band:
     """A pattern that is exactly a sliding window joined with the first tokens: key k ≤ q is visible to query q iff
-    `q − k < window` or `k < num_sinks`. The banded backend computes these without a T×S matrix."""
+    `q − k < window` or `k < num_sinks`. The banded backend computes these without a T×S matrix. A window of None shows
+    every key, sinks among them, so that it has none of its own."""
 
-    window: int
+    window: int | None
     num_sinks: int = 0
+
+    def __or__(self, other: Band) -> Band:
+        if self.window is None or other.window is None:
+            return Band(None)
+        return Band(max(self.window, other.window), max(self.num_sinks, other.num_sinks))
+
+    def __and__(self, other: Band) -> Band | None:
+        """Return the band of what both show; None where it is none."""
+        if self.num_sinks or other.num_sinks:
+            return None
+        return Band(min((x.window for x in (self, other) if x.window is not None), default=None))
 
 
 @dataclass(frozen=True)
@@ -43,6 +55,8 @@ class Pattern:
         parts: The same predicate as a sum of parts whose keys are found without looking at all of them; none for a
             pattern that does not say.
         num_heads: Query heads it is made for; None for any number.
+        for_heads: `for_heads((2, 3))` is what these heads see, as a pattern for them alone. None where heads may differ
+            in a way that nobody told: then a layer cannot take its heads apart.
     """
 
     mask_mod: MaskMod = field(compare=False, repr=False)
@@ -51,39 +65,36 @@ class Pattern:
     spec: dict[str, Any] = field(default_factory=dict, hash=False)
     parts: Parts = field(default=(), compare=False, repr=False)
     num_heads: int | None = None
+    for_heads: ForHeads | None = field(default=None, compare=False, repr=False)
 
     def __or__(self, other: Pattern) -> Pattern:
         first, second = self.mask_mod, other.mask_mod
-        band = None
-        if self.band and other.band:
-            band = Band(max(self.band.window, other.band.window), max(self.band.num_sinks, other.band.num_sinks))
         return Pattern(
             lambda b, h, q, k: first(b, h, q, k) | second(b, h, q, k),
             self.retention | other.retention,
-            band,
+            self.band | other.band if self.band and other.band else None,
             {"any": [self.spec, other.spec]},
             union(self.parts, other.parts),
             _same_heads(self, other),
+            _each_for_heads(self, other, Pattern.__or__),
         )
 
     def __and__(self, other: Pattern) -> Pattern:
         first, second = self.mask_mod, other.mask_mod
-        band = None
-        if self.band and other.band and not (self.band.num_sinks or other.band.num_sinks):
-            band = Band(min(self.band.window, other.band.window))
         return Pattern(
             lambda b, h, q, k: first(b, h, q, k) & second(b, h, q, k),
             self.retention & other.retention,
-            band,
+            self.band & other.band if self.band and other.band else None,
             {"all": [self.spec, other.spec]},
             _intersection(self, other),
             _same_heads(self, other),
+            _each_for_heads(self, other, Pattern.__and__),
         )
 
     @property
     def is_windowed(self) -> bool:
         """Whether the pattern is a window, with or without sinks, that the banded backend can compute."""
-        return self.band is not None and self.band.window > 0
+        return self.band is not None and self.band.window != 0
 
     def visible(self, query: torch.Tensor, key: torch.Tensor, num_heads: int = 1) -> torch.Tensor:
         """Return which keys the queries see, as booleans that broadcast to `[B, H, T, S]`.
@@ -126,12 +137,18 @@ class Pattern:
         return pattern_from_spec, (self.spec,)
 
 
+ForHeads = Callable[[Sequence[int]], Pattern]
+Join = Callable[[Pattern, Pattern], Pattern]
 Factory = Callable[..., Pattern]
 PATTERNS: Registry[Factory] = Registry("pattern")
 
 
-def register_pattern(name: str) -> Callable[[Factory], Factory]:
-    """Decorate a factory to enter it in `PATTERNS`; the patterns it makes remember name and options in `spec`."""
+def register_pattern(name: str, alike: bool = False) -> Callable[[Factory], Factory]:
+    """Decorate a factory to enter it in `PATTERNS`; the patterns it makes remember name and options in `spec`.
+
+    Args:
+        alike: Whether all heads see the same in every pattern it makes.
+    """
 
     def decorate(factory: Factory) -> Factory:
         signature = inspect.signature(factory)
@@ -145,7 +162,8 @@ def register_pattern(name: str) -> Callable[[Factory], Factory]:
                     bound.arguments[key] = tuple(value)
             made = factory(*bound.args, **bound.kwargs)
             values = {key: list(v) if isinstance(v, tuple) else v for key, v in bound.arguments.items()}
-            return replace(made, spec={"name": name, **values})
+            made = replace(made, spec={"name": name, **values})
+            return replace(made, for_heads=lambda heads: make(*bound.args, **bound.kwargs)) if alike else made
 
         return PATTERNS.register(name)(make)
 
@@ -203,6 +221,12 @@ def _same_heads(first: Pattern, second: Pattern) -> int | None:
     if len(numbers) > 1:
         raise ValueError(f"patterns for different numbers of query heads cannot be joined: {sorted(numbers)}")
     return numbers.pop() if numbers else None
+
+
+def _each_for_heads(first: Pattern, second: Pattern, join: Join) -> ForHeads | None:
+    """How a joined pattern tells what some heads see, if both of its sides do."""
+    one, other = first.for_heads, second.for_heads
+    return (lambda heads: join(one(heads), other(heads))) if one and other else None
 
 
 def _intersection(first: Pattern, second: Pattern) -> Parts:

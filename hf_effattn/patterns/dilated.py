@@ -10,7 +10,7 @@ from .parts import Part, query_block
 from .retention import Retention
 
 
-@register_pattern("dilated")
+@register_pattern("dilated", alike=True)
 def dilated(window: int, stride: int) -> Pattern:
     """Every `stride`-th key back, `window` of them: `(i−j) mod stride = 0` and `(i−j)/stride < window`
     (Longformer, arXiv 2004.05150)."""

@@ -10,7 +10,7 @@ from .parts import Part, Ranges
 from .retention import Retention
 
 
-@register_pattern("fixed")
+@register_pattern("fixed", alike=True)
 def fixed(stride: int, num_summary: int = 8) -> Pattern:
     """The own block of `stride` keys and the last `num_summary` of every block: `⌊j/stride⌋ = ⌊i/stride⌋` or
     `j mod stride ≥ stride − num_summary` (Sparse Transformer, Child 2019, arXiv 1904.10509).

@@ -12,7 +12,7 @@ from .parts import Part, Ranges
 from .retention import Retention
 
 
-@register_pattern("global_tokens")
+@register_pattern("global_tokens", alike=True)
 def global_tokens(positions: Iterable[int] = (0,)) -> Pattern:
     """Chosen positions that everybody sees and that see everything before them (Longformer, arXiv 2004.05150).
 

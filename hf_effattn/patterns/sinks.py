@@ -10,7 +10,7 @@ from .parts import Part
 from .retention import Retention
 
 
-@register_pattern("sinks")
+@register_pattern("sinks", alike=True)
 def sinks(num_sinks: int = 4) -> Pattern:
     """The first `num_sinks` keys: `j < num_sinks` (StreamingLLM, arXiv 2309.17453).
 

@@ -11,7 +11,7 @@ from .retention import Retention
 from .sliding_window import sliding_window
 
 
-@register_pattern("strided")
+@register_pattern("strided", alike=True)
 def strided(stride: int) -> Pattern:
     """The last `stride` keys and every `stride`-th before: `i−j < stride` or `(i−j) mod stride = 0`
     (Sparse Transformer, Child 2019, arXiv 1904.10509). Any key may be hit again, so a cache keeps them all."""

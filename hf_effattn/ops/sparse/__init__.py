@@ -8,9 +8,9 @@ from ...notation import check_heads, check_padding
 from ...patterns import Pattern
 from .. import ragged
 from ..stream import Stream
-from . import banded, flash, gathered, masked, reference
+from . import banded, flash, flex, gathered, masked, reference
 
-BACKENDS = ("reference", "masked", "banded", "gathered")
+BACKENDS = ("reference", "masked", "banded", "gathered", "flex")
 
 __all__ = ["BACKENDS", "choose_backend", "sparse_attention"]
 
@@ -32,6 +32,10 @@ def choose_backend(pattern: Pattern, backend: str = "auto", device: str = "cpu")
     if backend == "gathered" and not can_gather:
         problem = f"on a CPU, not on {device!r}" if pattern.parts else f"of known parts, not {pattern.describe()}"
         raise ValueError(f"backend 'gathered' computes patterns {problem}; use 'auto' or 'masked'")
+    if backend == "flex" and device not in ("cpu", "cuda"):
+        raise ValueError(
+            f"backend 'flex' computes on CUDA, or on a CPU without gradients, not on {device!r}; use 'auto' or 'masked'"
+        )
     return backend
 
 
@@ -58,7 +62,8 @@ def sparse_attention(
             positions count the real tokens of each row; outputs of padded queries have no meaning.
         scale: Factor of the scores, default 1/√D.
         backend: "reference", "masked" (any pattern), "banded" (windows with or without sinks), "gathered" (any
-            pattern but custom ones, on a CPU), or "auto".
+            pattern but custom ones, on a CPU), "flex" (any pattern, by FlexAttention on CUDA, on a CPU without
+            gradients), or "auto", which never is "flex".
 
     Returns:
         Output `[B, H, T, V]` in the dtype of the query.
@@ -79,7 +84,7 @@ def sparse_attention(
     scale = head_dim**-0.5 if scale is None else scale
     if tokens == 0:
         return query.new_zeros(*query.shape[:3], value.shape[-1])
-    if backend in ("banded", "gathered"):
+    if backend in ("banded", "gathered", "flex"):
         if padding_mask is None:
             return _plain(query, key, value, pattern, backend, scale)
         return _padded(query, key, value, pattern, backend, padding_mask, scale)
@@ -96,9 +101,9 @@ def sparse_attention(
 def _plain(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pattern: Pattern, backend: str, scale: float
 ) -> torch.Tensor:
-    if backend == "gathered":
-        places = gathered.Places(key.shape[2] - query.shape[2])
-        return gathered.sparse_attention(query, key, value, pattern, places, scale)
+    if backend != "banded":
+        compute = flex.sparse_attention if backend == "flex" else gathered.sparse_attention
+        return compute(query, key, value, pattern, gathered.Places(key.shape[2] - query.shape[2]), scale)
     assert pattern.band is not None
     return banded.sparse_attention(query, Stream(key, value), pattern.band, scale)
 

@@ -1,7 +1,8 @@
 """Sliding windows with sinks, a block of queries at a time: each block meets the sinks and the keys of its window only.
 
-Time and memory grow linearly with the text. Blocks whose keys are all plain (real, and not sinks) share one small
-additive mask; only the first blocks of a row, where sinks and padding lie, compute a mask from positions.
+Time and memory grow linearly with the text (without an end of the window, it is dense attention). Blocks whose keys are
+all plain (real, and not sinks) share one small additive mask; only the first blocks of a row, where sinks and padding
+lie, compute a mask from positions.
 """
 
 from __future__ import annotations
@@ -18,18 +19,19 @@ from .masked import attend, attend_causal
 def sparse_attention(
     query: torch.Tensor, stream: Stream, band: Band, scale: float, dropout: float = 0.0
 ) -> torch.Tensor:
-    """Compute attention of `query` `[B, H, T, D]` over `stream` under `band`; the window must be at least 1.
+    """Compute attention of `query` `[B, H, T, D]` over `stream` under `band`; the window must not be 0.
 
     Args:
         query: Or `[B, H, T, 2D]`, where behind each query stands the form in which it meets the sinks.
     """
     dim, two_forms = stream.key.shape[3], query.shape[3] > stream.key.shape[3]
     tokens, past = query.shape[2], stream.key.shape[2] - query.shape[2]
-    if past == 0 and tokens <= band.window:
+    window = past + tokens if band.window is None else band.window
+    if past == 0 and tokens <= window:
         return attend_causal(query[..., :dim], stream.key, stream.value, scale, dropout)
-    size = min(max(band.window // 4, 64), 256)
+    size = min(max(window // 4, 64), 256)
     cuts = [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
-    reach = [(max(0, past + start - band.window + 1), past + end) for start, end in cuts]
+    reach = [(max(0, past + start - window + 1), past + end) for start, end in cuts]
     masks: dict[tuple[int, int], torch.Tensor] = {}
 
     def compute(
@@ -44,11 +46,11 @@ def sparse_attention(
             key, value = torch.cat((sinks[0], key), dim=2), torch.cat((sinks[1], value), dim=2)
         if stream.least + low >= band.num_sinks:
             shape = (q.shape[2], high - low)
-            if shape not in masks:
-                masks[shape] = _plain_mask(query, shape, num_sinks, band.window)
-            mask = masks[shape]
+            mask = masks[shape] if shape in masks else _plain_mask(query, shape, num_sinks, window)
+            if low:  # else the window is still growing, and the next block has another shape
+                masks[shape] = mask
         else:
-            mask = _edge_mask(stream, band, num_sinks, past + cuts[block][0], low, high)
+            mask = _edge_mask(stream, window, num_sinks, past + cuts[block][0], low, high)
         return attend(q, key, value, mask, scale, dropout)[..., : stream.value.shape[3]], None
 
     ranges = [(cut, keys, keys) for cut, keys in zip(cuts, reach, strict=True)]
@@ -65,11 +67,11 @@ def _plain_mask(query: torch.Tensor, shape: tuple[int, int], num_sinks: int, win
     return query.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
 
 
-def _edge_mask(stream: Stream, band: Band, num_sinks: int, start: int, low: int, high: int) -> torch.Tensor:
+def _edge_mask(stream: Stream, window: int, num_sinks: int, start: int, low: int, high: int) -> torch.Tensor:
     """The boolean mask `[B or 1, 1, T, S]` of a block that may meet sinks or padding among its stream keys."""
     queries, keys = stream.positions(start, high)[:, :, None], stream.positions(low, high)[:, None, :]
     distance = queries - keys
-    visible = (distance >= 0) & (distance < band.window) & (keys >= band.num_sinks)
+    visible = (distance >= 0) & (distance < window) & (keys >= num_sinks)
     sinks = torch.arange(num_sinks, device=queries.device)
     visible = torch.cat((sinks <= queries, visible), dim=2)
     blind = ~visible.any(dim=-1, keepdim=True)  # padded queries: any key will do, nobody reads them
