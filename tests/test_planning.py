@@ -23,9 +23,11 @@ from hf_effattn.evaluation.haystack import ADJECTIVES, NOUNS
 from hf_effattn.evaluation.variants import as_variant, digest_of, mechanisms
 from hf_effattn.planning.candidates import Candidate, default_candidates, read_candidates
 from hf_effattn.planning.journal import FILE
-from hf_effattn.planning.measure import assign, logits_of, loss_of, single_changes
+from hf_effattn.planning.measure import assign, end_logits, logits_of, loss_of, read, single_changes
 from hf_effattn.planning.probes import DEPTHS, NEEDLE, QUESTION, Probe, make_probes
 from hf_effattn.plans import Budget, Loss, Plan, choose
+from hf_effattn.plans.heads import Unit
+from hf_effattn.plans.scale import ratio_at, ratios
 from hf_effattn.targets import choose_layers, find_targets
 
 TOKENIZER = small_tokenizer(PROSE + " ".join((*ADJECTIVES, *NOUNS, NEEDLE, QUESTION)))
@@ -102,21 +104,26 @@ def test_of_choices_that_lose_the_same_the_cheaper_one_is_taken() -> None:
 def test_losses_from_a_layer_on_are_those_of_whole_passes(variant: str) -> None:
     model = model_of(variant, None)
     window, dense = Candidate("w", hf_effattn.SparseConfig(window=5)), Candidate("dense", None)
-    layers = choose_layers(find_targets(model), None, None)
-    base = dict.fromkeys(layers, dense)
-    length = 31
+    units = [Unit(index) for index in choose_layers(find_targets(model), None, None)]
+    base = dict.fromkeys(units, dense)
+    length, start = 31, 12
     marks = torch.arange(length - 1) % 3 == 0
-    probe = Probe(random_ids(length), marks, ~marks)
-    dense_logits = logits_of(model, probe)
+    probe = Probe(random_ids(length), marks, ~marks, start)
+    past = read(model, probe)
+    whole = logits_of(model, probe)
+    torch.testing.assert_close(past.logits, whole, atol=1e-5, rtol=1e-4)
     try:
-        found = list(single_changes(model, probe, dense_logits, base, [(index, window) for index in layers]))
-        for index, candidate, loss in found:
-            assign(model, base | {index: candidate})
-            assert loss == loss_of(logits_of(model, probe), probe, dense_logits)
-        assert [index for index, _, _ in found] == layers
+        found = list(single_changes(model, probe, past, base, [(unit, window) for unit in units]))
+        for unit, candidate, loss in found:
+            assign(model, base | {unit: candidate})
+            assert loss == loss_of(end_logits(model, probe, past), probe.end, past.logits[start:])
+        assert [unit for unit, _, _ in found] == units
+        everywhere = Candidate("all", hf_effattn.SparseConfig(window=length))
+        assign(model, dict.fromkeys(units, everywhere))
+        torch.testing.assert_close(end_logits(model, probe, past), past.logits[start:], atol=1e-5, rtol=1e-4)
     finally:
         model.revert_attention()
-    assert torch.equal(logits_of(model, probe), dense_logits)
+    assert torch.equal(logits_of(model, probe), whole)
 
 
 def test_what_was_replaced_while_measuring_is_put_back(model: Any) -> None:
@@ -144,17 +151,71 @@ def test_a_budget_is_kept_by_the_bytes_of_a_cache(model: Any, budget: str) -> No
 @torch.no_grad()
 def test_what_a_plan_says_was_measured_is_what_the_converted_model_loses(model: Any) -> None:
     found = planned(model)
-    (probe,) = make_probes([TEXT], TOKENIZER, LENGTH, 1, 42)
+    probe, noise = make_probes([TEXT], TOKENIZER, LENGTH, 1, 42)
     inputs, targets = probe.ids[None, :-1], probe.ids[1:]
     dense = model(inputs).logits[0].log_softmax(dim=-1)
     own = model.convert_attention(found).eval()(inputs).logits[0].log_softmax(dim=-1)
     losses = cross_entropy(own, targets, reduction="none")
     divergences = (dense.exp() * (dense - own)).sum(dim=1)
+    others = cross_entropy(model(noise.ids[None, :-1]).logits[0], noise.ids[1:], reduction="none")
     told = found.measured["this plan"]
     assert told.text == pytest.approx(float(losses[probe.is_text].mean()), abs=1e-5)
-    assert told.recall == pytest.approx(float(losses[probe.is_answer].mean()), abs=1e-5)
+    recall = [float(x[marks].mean()) for x, marks in ((losses, probe.is_answer), (others, noise.is_answer))]
+    assert told.recall == pytest.approx(sum(recall) / 2, abs=1e-5)
     assert told.divergence == pytest.approx(float(divergences[probe.is_text].mean()), abs=1e-5)
     assert found.measured["dense"].divergence == pytest.approx(0.0, abs=1e-6)
+
+
+WINDOWS = ["sparse:window=16,num_sinks=2", "sparse:window=160,num_sinks=2"]
+
+
+def test_heads_have_plans_of_their_own(model: Any, tmp_path: Path) -> None:
+    found = planned(model, "40%", candidates=WINDOWS, by_head=True)
+    geometry = [(layer.index, layer.head) for layer in found.layers]
+    assert geometry == [(index, head) for index in range(4) for head in range(model.config.num_key_value_heads)]
+    assert any("|" in line for line in str(found).splitlines()), "no layer has heads that differ"
+    found.plot(tmp_path / "plan.png")
+    assert Plan.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    ids = random_ids(LENGTH)[None]
+    model.convert_attention(found)
+    spent = model.attention_report(LENGTH).cache_bytes
+    assert spent <= found.price <= found.budget.limit
+    with torch.no_grad():
+        cache = model(ids, use_cache=True).past_key_values
+    assert sum(layer.nbytes() if hasattr(layer, "nbytes") else 0 for layer in cache.layers) <= spent
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    windows = {(x.index, x.head): found.candidates[x.choice] for x in found.layers}
+    for index, config in found.configs().items():
+        own = [windows[index, head] for head in range(model.config.num_key_value_heads)]
+        given = config.to_dict()["pattern"]["window"]
+        wanted = [None if spec is None else spec["pattern"]["window"] for spec in own]
+        assert given == (wanted if len(set(wanted)) > 1 else wanted[0])
+
+
+@pytest.mark.parametrize(
+    ("candidates", "budget", "message"),
+    [
+        (["linear:window=8"], "40%", "is for whole layers; heads may have windows"),
+        (["sparse:selector=quest"], "40%", "is for whole layers"),
+        (["sparse:pattern=strided,stride=8"], "40%", "is for whole layers"),
+        (["sparse:window=[8,8,9,9]"], "40%", "is for whole layers"),
+        (["sparse:window=8,num_sinks=1", "sparse:window=9,num_sinks=2"], "40%", "must have the same sinks"),
+        (WINDOWS, "10 tokens/s", "give bytes as a budget, or plan by layers"),
+    ],
+)
+def test_what_heads_cannot_have_is_told(model: Any, candidates: list[str], budget: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        planned(model, budget, candidates=candidates, by_head=True)
+
+
+def test_sums_of_losses_are_scaled_to_what_whole_models_lose() -> None:
+    known = ratios([4.0, 1.0, 0.0], [2.0, 2.0, 5.0])
+    assert known == ((1.0, 2.0), (4.0, 0.5))
+    assert [ratio_at(known, x) for x in (-1.0, 0.0, 0.5, 1.0, 4.0, 9.0)] == [2.0, 2.0, 2.0, 2.0, 0.5, 0.5]
+    assert ratio_at(known, 2.0) == pytest.approx(1.0)
+    assert ratio_at((), 3.0) == 1.0
 
 
 def test_a_plan_is_no_worse_than_uniform_choices_that_keep_the_budget(model: Any) -> None:
@@ -173,7 +234,7 @@ def test_recall_counts_as_much_as_is_said(model: Any) -> None:
 
 
 def test_needles_are_hidden_far_before_and_asked_for_at_the_end() -> None:
-    (probe,) = make_probes([TEXT], TOKENIZER, LENGTH, 1, 7)
+    probe, noise = make_probes([TEXT], TOKENIZER, LENGTH, 1, 7)
     assert len(probe.ids) == LENGTH + 1
     assert not bool((probe.is_text & probe.is_answer).any())
     answers = TOKENIZER.decode(probe.ids[1:][probe.is_answer]).split()

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from ..planning import plan
-from ..planning.candidates import read_candidates
+from ..planning.candidates import check_for_heads, read_candidates
 from ..plotting import new_figure
 from .common import DTYPES, Loader, check_device, check_dtype, length_of, told_plainly
 
@@ -32,6 +32,8 @@ def add(app: typer.Typer, loader: Loader, default_model: str | None) -> None:
         number: Annotated[int, typer.Option(min=1, help="Calibration texts.")] = 2,
         recall_weight: Annotated[float, typer.Option(min=0.0, help="Of a nat of recall beside one of text.")] = 0.1,
         rounds: Annotated[int, typer.Option(min=1, help="How often all changes are measured.")] = 2,
+        by_head: Annotated[bool, typer.Option("--by-head", help="Choose for each head, not for each layer.")] = False,
+        measured: Annotated[int, typer.Option(min=1, help="Tokens of each text that changes are measured on.")] = 512,
         seed: Annotated[int, typer.Option(help="Of what is hidden in the texts.")] = 42,
         dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bfloat16",
         device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
@@ -44,7 +46,9 @@ def add(app: typer.Typer, loader: Loader, default_model: str | None) -> None:
             kind, length = check_dtype(dtype), length_of(context_length)
             check_device(device)
             if candidate:
-                read_candidates(candidate)  # rather now than after the model is loaded
+                given = read_candidates(candidate)  # rather now than after the model is loaded
+                if by_head:
+                    check_for_heads(given)
             new_figure()  # rather now than after an hour, if there is no matplotlib
             net, tokenizer = loader(model, kind, device)
             found = plan(
@@ -57,6 +61,8 @@ def add(app: typer.Typer, loader: Loader, default_model: str | None) -> None:
                 number=number,
                 recall_weight=recall_weight,
                 rounds=rounds,
+                by_head=by_head,
+                measured=measured,
                 out=out,
                 seed=seed,
             )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from ..config import MechanismConfig, SparseConfig, make_config
 from ..evaluation.variants import ADAPTER, Variant
 from ..plans import DENSE
+from ..plans.heads import WINDOWED
 
 PARTS = (32, 8, 4)  # of the context: the windows of the default candidates
 NUM_SINKS = 4
@@ -24,6 +26,11 @@ class Candidate:
 
     name: str
     config: MechanismConfig | None
+
+    @property
+    def spec(self) -> dict[str, Any] | None:
+        """The config as JSON-able data."""
+        return None if self.config is None else self.config.to_dict()
 
 
 def default_candidates(context_length: int) -> list[str | MechanismConfig]:
@@ -51,6 +58,22 @@ def read_candidates(given: Sequence[str | MechanismConfig]) -> list[Candidate]:
     if len(found) < 2:
         raise ValueError("a plan needs candidates besides dense attention, such as 'sparse:window=512,num_sinks=4'")
     return found
+
+
+def check_for_heads(candidates: Sequence[Candidate]) -> None:
+    """Raise a ValueError if these are no candidates for single heads: a layer has one store, which has windows of
+    different lengths, and nothing else that differs."""
+    rests = []
+    for candidate in candidates:
+        spec = candidate.spec
+        if spec is None:
+            continue
+        pattern = spec.get("pattern", {})
+        if pattern.get("name") not in WINDOWED or not isinstance(pattern["window"], int):
+            raise ValueError(f"{candidate.name!r} is for whole layers; heads may have windows, with or without sinks")
+        rests.append({**spec, "pattern": {**pattern, "window": None}})
+    if any(rest != rests[0] for rest in rests):
+        raise ValueError("the windows of heads must have the same sinks and the same backend")
 
 
 def _candidate(given: str | MechanismConfig) -> Candidate:

@@ -61,5 +61,5 @@ def identity_of(model: PreTrainedModel, probes: Sequence[Probe]) -> str:
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {float(parameter.detach().sum(dtype=torch.float64))}".encode())
     for probe in probes:
-        digest.update(probe.ids.to(torch.int64).numpy().tobytes())
+        digest.update(probe.ids.to(torch.int64).numpy().tobytes() + str(probe.start).encode())
     return digest.hexdigest()[:16]

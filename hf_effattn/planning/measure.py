@@ -1,34 +1,42 @@
-"""What a model loses if single layers are changed: computed from the layer on, those before it being known."""
+"""What a model loses if single layers, or single heads of them, are changed."""
 
 from __future__ import annotations
 
-import re
+import copy
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
 
+from ..architectures import head_counts
+from ..config import config_from_dict
 from ..convert import convert_attention, revert_attention
 from ..plans import Loss
+from ..plans.heads import Unit, of_layer
 from ..targets import find_targets
 from .candidates import Candidate
 from .probes import Probe
+from .replay import Layers
 
 PIECE = 1024  # tokens whose logits are held in float32 at a time
-BLOCK = re.compile(r"(.*\.\d+)(\.|$)")  # in a list of layers, the name of one
+Choice = dict[Unit, Candidate]
 
 
-def assign(model: PreTrainedModel, choice: dict[int, Candidate]) -> None:
+def assign(model: PreTrainedModel, choice: Choice) -> None:
     """Make each layer what the choice says, and all others what they were before any conversion."""
     revert_attention(model)
-    for candidate in dict.fromkeys(choice.values()):
-        if candidate.config is not None:
-            layers = [index for index, chosen in choice.items() if chosen == candidate]
-            convert_attention(model, candidate.config, layers=layers)
+    layers: dict[int, list[Candidate]] = {}
+    for unit, candidate in choice.items():
+        layers.setdefault(unit.layer, []).append(candidate)
+    alike: dict[tuple[Candidate, ...], list[int]] = {}
+    for index, candidates in layers.items():
+        alike.setdefault(tuple(candidates), []).append(index)
+    for heads, indices in alike.items():
+        spec = of_layer([candidate.spec for candidate in heads])
+        if spec is not None:
+            convert_attention(model, config_from_dict(spec), layers=indices)
 
 
 @torch.inference_mode()
@@ -39,7 +47,7 @@ def logits_of(model: PreTrainedModel, probe: Probe) -> torch.Tensor:
 
 @torch.inference_mode()
 def loss_of(logits: torch.Tensor, probe: Probe, dense: torch.Tensor) -> Loss:
-    """Return the losses that logits have on one calibration text.
+    """Return the losses that logits have on one calibration text; NaN for those of what it has not.
 
     Args:
         logits: Of some model `[T, V]`.
@@ -56,80 +64,67 @@ def loss_of(logits: torch.Tensor, probe: Probe, dense: torch.Tensor) -> Loss:
     return Loss(text, recall, float(divergence[probe.is_text].mean()))
 
 
-class Layers:
-    """The layers of a model around its attention modules, whose outputs can be kept and given again.
+class Past(NamedTuple):
+    """What the dense model made of a calibration text.
 
     Args:
-        model: A causal language model.
-
-    Raises:
-        ValueError: if the layers cannot be told apart.
+        cache: Of the tokens before the end; it must be copied before it is used. None where converted layers cannot
+            take over what it holds: then all is computed.
+        logits: Of all tokens `[T, V]`.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        attentions = {id(module): index for index, module in find_targets(model).modules.items()}
-        named = {attentions[id(m)]: name for name, m in model.named_modules() if id(m) in attentions}
-        found = {index: BLOCK.match(name) for index, name in named.items()}
-        blocks = {index: match[1] for index, match in found.items() if match}
-        if len(set(blocks.values())) != len(attentions):
-            raise ValueError(f"the layers of {type(model).__name__} cannot be told apart by their names")
-        self.blocks: dict[int, nn.Module] = {i: model.get_submodule(name) for i, name in sorted(blocks.items())}
-        self.outputs: dict[int, Any] = {}
-
-    @contextmanager
-    def kept(self) -> Iterator[None]:
-        """Keep the output of every layer of the pass that is made inside."""
-        self.outputs = {}
-
-        def keep(index: int) -> Any:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                self.outputs[index] = output
-
-            return hook
-
-        with ExitStack() as stack:
-            for index, block in self.blocks.items():
-                stack.callback(block.register_forward_hook(keep(index)).remove)
-            yield
-
-    @contextmanager
-    def from_layer(self, first: int) -> Iterator[None]:
-        """Let the layers before `first` give what they gave when it was kept, without computing anything."""
-        before = [(block, index) for index, block in self.blocks.items() if index < first]
-        own = {id(block): block.__dict__.get("forward") for block, _ in before}
-        for block, index in before:
-            block.forward = partial(_given, self.outputs[index])
-        try:
-            yield
-        finally:
-            for block, _ in before:
-                del block.__dict__["forward"]
-                if own[id(block)] is not None:
-                    block.__dict__["forward"] = own[id(block)]
+    cache: DynamicCache | None
+    logits: torch.Tensor
 
 
-def _given(output: Any, *args: Any, **kwargs: Any) -> Any:
-    return output
+@torch.inference_mode()
+def read(model: PreTrainedModel, probe: Probe) -> Past:
+    """Let the model, which is dense, read a calibration text."""
+    cache = DynamicCache(config=model.config)
+    ids = probe.ids[None, :-1].to(model.device)
+    first = model(ids[:, : probe.start], past_key_values=cache).logits[0]
+    if not _can_be_taken_over(model, cache):
+        return Past(None, logits_of(model, probe))
+    kept = copy.deepcopy(cache)
+    return Past(kept, torch.cat((first, model(ids[:, probe.start :], past_key_values=cache).logits[0])))
+
+
+def _can_be_taken_over(model: PreTrainedModel, cache: DynamicCache) -> bool:
+    """Whether the cache holds all keys and values of the layers that can be converted, and not what they are made of
+    (as in latent attention), or only those in a window."""
+    for index, module in find_targets(model).modules.items():
+        layer: Any = cache.layers[index]
+        _, heads, key_dim, value_dim = head_counts(module, model.config)[:4]
+        held: list[Any] = [layer.keys, layer.values] if type(layer) is DynamicLayer else []
+        if [x.shape[1::2] for x in held] != [(heads, key_dim), (heads, value_dim)]:
+            return False
+    return True
+
+
+@torch.inference_mode()
+def end_logits(model: PreTrainedModel, probe: Probe, past: Past) -> torch.Tensor:
+    """Return the logits of the end of a text of which the dense model has read what is before it."""
+    if past.cache is None:
+        return logits_of(model, probe)[probe.start :]
+    ids = probe.ids[None, probe.start : -1].to(model.device)
+    return model(ids, past_key_values=copy.deepcopy(past.cache)).logits[0]
 
 
 def single_changes(
-    model: PreTrainedModel,
-    probe: Probe,
-    dense: torch.Tensor,
-    base: dict[int, Candidate],
-    wanted: Sequence[tuple[int, Candidate]],
-) -> Iterator[tuple[int, Candidate, Loss]]:
-    """Yield the losses on one calibration text with one layer changed, of all that are wanted, the layers in order.
+    model: PreTrainedModel, probe: Probe, past: Past, base: Choice, wanted: Sequence[tuple[Unit, Candidate]]
+) -> Iterator[tuple[Unit, Candidate, Loss]]:
+    """Yield the losses on the end of one calibration text with one unit changed, of all that are wanted, in order.
 
-    What is before the layer is taken from one pass of the model as `base` has it; half of the work of whole passes.
+    Tokens before the end are as the dense model read them: a changed layer takes over their keys and values. Layers
+    before the changed one give what they gave when `base` read the end; half of the work of whole passes.
     """
     if not wanted:
         return
-    layers = Layers(model)
+    layers, end, dense = Layers(model), probe.end, past.logits[probe.start :]
     assign(model, base)
     with layers.kept():
-        logits_of(model, probe)
-    for index, candidate in sorted(wanted, key=lambda pair: pair[0]):
-        assign(model, base | {index: candidate})
-        with layers.from_layer(index):
-            yield index, candidate, loss_of(logits_of(model, probe), probe, dense)
+        end_logits(model, probe, past)
+    for unit, candidate in sorted(wanted, key=lambda pair: pair[0].layer):
+        assign(model, base | {unit: candidate})
+        with layers.from_layer(unit.layer):
+            yield unit, candidate, loss_of(end_logits(model, probe, past), end, dense)

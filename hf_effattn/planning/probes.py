@@ -19,6 +19,7 @@ DIGITS = 5
 NEARBY = 64  # tokens among which a place between sentences or lines is looked for
 NEEDLE = " The secret number of the {key} is {value}. Remember it."
 QUESTION = "\n\nWhat is the secret number of the {key}? The secret number of the {key} is"
+NOISE = " The road is long. The river is wide. The night is quiet. We walk on, step by step."
 
 
 class Probe(NamedTuple):
@@ -27,11 +28,18 @@ class Probe(NamedTuple):
     Args:
         ids: Its tokens `[T + 1]`.
         is_text, is_answer: Which of the last T are of the document, and of answers to what was hidden in it `[T]`.
+        start: The number of tokens before its end: the questions, and what is measured of the document.
     """
 
     ids: torch.Tensor
     is_text: torch.Tensor
     is_answer: torch.Tensor
+    start: int
+
+    @property
+    def end(self) -> Probe:
+        """The text from `start` on."""
+        return Probe(self.ids[self.start :], self.is_text[self.start :], self.is_answer[self.start :], 0)
 
 
 def make_probes(
@@ -40,22 +48,25 @@ def make_probes(
     context_length: int,
     number: int,
     seed: int,
+    measured: int = 512,
 ) -> list[Probe]:
-    """Return calibration texts of `context_length` + 1 tokens, each of one document.
+    """Return calibration texts of `context_length` + 1 tokens: some of one document each, and as many of nothing but a
+    few sentences over and over, where what finds something in a document may find nothing.
 
     Args:
         documents: A file, folder or dataset (see `read_rows`), or texts. The longest ones are taken.
-        number: Of calibration texts; if there are fewer long documents, several are of the same.
+        number: Of texts out of documents; if there are fewer long documents, several are of the same.
+        measured: Tokens of the document in the end of a text.
 
     Raises:
         ValueError: if no document is long enough; the message has the longest.
     """
     texts = _texts(documents)
     length = context_length + 1
-    tokens = sorted(tokenizer(texts, add_special_tokens=False, verbose=False).input_ids, key=len, reverse=True)
+    tokens = sorted(_encoded(tokenizer, texts), key=len, reverse=True)
     chance = random.Random(f"plan/{seed}")
     first = first_tokens(tokenizer)
-    whole = [_questions(tokenizer, chance) for _ in range(number)]
+    whole = [_questions(tokenizer, chance) for _ in range(2 * number)]
     rooms = [length - len(first) - sum(len(x) for x in (*needles, *asked)) for needles, asked in whole]
     if min(rooms) < length // 2:
         raise ValueError(f"a context of {context_length} tokens has no room for a text and questions; use a longer one")
@@ -70,10 +81,14 @@ def make_probes(
             f"the documents have {len(places)} stretches of {max(rooms):,} tokens; {number} are asked for: give more "
             "documents, or a smaller number"
         )
-    return [
-        _assembled(tokenizer, first, ids[at * room : (at + 1) * room], *questions)
-        for (ids, at), room, questions in zip(places, rooms, whole, strict=False)
-    ]
+    (noise,) = _encoded(tokenizer, [NOISE])
+    noise *= max(rooms) // len(noise) + 1
+    found = []
+    for index, (room, questions) in enumerate(zip(rooms, whole, strict=True)):
+        ids, at = places[index] if index < number else (noise, 0)
+        text = ids[at * room : (at + 1) * room]
+        found.append(_assembled(tokenizer, first, text, *questions, measured if index < number else 0))
+    return found
 
 
 def _texts(documents: str | Path | Sequence[str]) -> list[str]:
@@ -104,21 +119,24 @@ def _assembled(
     text: list[int],
     needles: list[list[int]],
     asked: list[list[int]],
+    measured: int,
 ) -> Probe:
+    """Return the text with needles and questions; without `measured` tokens of it none of them counts."""
     ids, kinds = list(first), [0] * len(first)  # 1: of the document, 2: of an answer
     done = 0
     for needle, depth in zip(needles, DEPTHS, strict=True):
         place = _between(tokenizer, text, int(depth * len(text)))
         ids += text[done:place] + needle
-        kinds += [1] * (place - done) + [0] * len(needle)
+        kinds += [int(measured > 0)] * (place - done) + [0] * len(needle)
         done = place
     ids += text[done:]
-    kinds += [1] * (len(text) - done)
+    kinds += [int(measured > 0)] * (len(text) - done)
+    start = max(len(ids) - 1 - min(measured, len(text) - done), 0)
     for number, part in enumerate(asked):
         ids += part
         kinds += [2 * (number % 2)] * len(part)
     marks = torch.tensor(kinds[1:])
-    return Probe(torch.tensor(ids), marks == 1, marks == 2)
+    return Probe(torch.tensor(ids), marks == 1, marks == 2, start)
 
 
 def _between(tokenizer: PreTrainedTokenizerBase, text: list[int], place: int) -> int:

@@ -60,11 +60,13 @@ def _layers(axis: Any, plan: Plan) -> None:
     names = sorted(plan.candidates, key=plan.price_of)
     costs = np.array([[x.costs[name] - min(x.costs.values()) for x in plan.layers] for name in names])
     norm = SymLogNorm(linthresh=1e-3, vmin=0.0, vmax=max(float(costs.max()), 2e-3))
+    size = 7 if plan.layers[0].head is None else 3
     image = axis.imshow(costs, aspect="auto", cmap="YlOrRd", norm=norm, origin="lower")
     axis.plot(
-        range(len(plan.layers)), [names.index(x.choice) for x in plan.layers], "ks", markersize=7, fillstyle="none"
+        range(len(plan.layers)), [names.index(x.choice) for x in plan.layers], "ks", markersize=size, fillstyle="none"
     )
     axis.set_yticks(range(len(names)), names, fontsize=8)
-    axis.set_xticks(range(len(plan.layers)), [str(x.index) for x in plan.layers], fontsize=7)
+    firsts = [i for i, x in enumerate(plan.layers) if not x.head]
+    axis.set_xticks(firsts, [str(plan.layers[i].index) for i in firsts], fontsize=7)
     axis.set_xlabel("layer (square: chosen)")
     axis.figure.colorbar(image, ax=axis, label="loses more than its best [nats/token]")

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 
 from ..config import MechanismConfig, config_from_dict
 from .budget import BYTES, Budget
+from .heads import of_layer
 from .knapsack import choose
+from .scale import Ratios, ratio_at
 
 PLAN, DENSE = "this plan", "dense"
 
@@ -37,20 +39,22 @@ class Loss(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerChoice:
-    """One layer and what was measured of it.
+    """One layer, or a key/value head of it, and what was measured of it.
 
     Args:
         index: The layer.
         choice: Name of its candidate.
         prices: Of each candidate in the unit of the budget.
-        costs: Of each candidate: nats a token, weighted recall included, that the model loses if this layer alone is
+        costs: Of each candidate: nats a token, weighted recall included, that the end of a text loses if this alone is
             changed to it where the measuring began.
+        head: None for all of the layer.
     """
 
     index: int
     choice: str
     prices: dict[str, float]
     costs: dict[str, float]
+    head: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,8 +67,9 @@ class Plan:
         budget: The limit.
         fixed_price: What layers cost that cannot be converted.
         candidates: By name, the configs as JSON-able data; None for a layer left as it is.
-        layers: Each layer that can be converted.
+        layers: Each layer that can be converted, or each of its heads, in order.
         start: The loss, recall weighted, of the model around which the costs were measured.
+        ratios: What sums of costs stand for in the loss of a whole model (see `ratio_at`).
         recall_weight: What a nat of recall counts for.
         measured: Losses of the dense model, of each candidate in all layers, and of the plan ("this plan").
     """
@@ -77,6 +82,7 @@ class Plan:
     candidates: dict[str, dict[str, Any] | None]
     layers: tuple[LayerChoice, ...]
     start: float
+    ratios: Ratios
     recall_weight: float
     measured: dict[str, Loss]
 
@@ -96,13 +102,28 @@ class Plan:
 
     @property
     def predicted(self) -> float:
-        """The loss, recall weighted, if what single layers lose adds up."""
-        return self.start + sum(layer.costs[layer.choice] for layer in self.layers)
+        """The loss, recall weighted, that is to be expected."""
+        return self.start + self.sum * ratio_at(self.ratios, self.sum)
+
+    @property
+    def sum(self) -> float:
+        """What the choices lose by themselves, added up."""
+        return sum(layer.costs[layer.choice] for layer in self.layers)
+
+    def sum_of(self, name: str) -> float:
+        """Return what single changes to a candidate lose, added up over all layers."""
+        return sum(layer.costs[name] for layer in self.layers)
 
     def configs(self) -> dict[int, MechanismConfig]:
         """Return the config of each layer that is converted."""
-        specs = {layer.index: self.candidates[layer.choice] for layer in self.layers}
+        specs = {i: of_layer([self.candidates[x.choice] for x in rows]) for i, rows in self._by_layer().items()}
         return {index: config_from_dict(spec) for index, spec in specs.items() if spec is not None}
+
+    def _by_layer(self) -> dict[int, list[LayerChoice]]:
+        rows: dict[int, list[LayerChoice]] = {}
+        for row in self.layers:
+            rows.setdefault(row.index, []).append(row)
+        return rows
 
     def for_budget(self, budget: str | int | Budget) -> Plan:
         """Return the plan for another budget of the same unit, from the same measurements; its own loss is predicted
@@ -145,6 +166,7 @@ class Plan:
             | {
                 "budget": Budget(**data["budget"]),
                 "layers": tuple(LayerChoice(**layer) for layer in data["layers"]),
+                "ratios": tuple((total, ratio) for total, ratio in data["ratios"]),
                 "measured": {name: Loss(**loss) for name, loss in data["measured"].items()},
             }
         )
@@ -183,9 +205,10 @@ class Plan:
 
     def __str__(self) -> str:
         rows = [("layer", "attention", "price", "loses [nats/token]")]
-        for layer in self.layers:
-            cost = layer.costs[layer.choice] - layer.costs.get(DENSE, 0.0)
-            rows.append((str(layer.index), layer.choice, self._price(layer.prices[layer.choice]), f"{cost:+.5f}"))
+        for index, found in self._by_layer().items():
+            cost = sum(x.costs[x.choice] - x.costs.get(DENSE, 0.0) for x in found)
+            price = self._price(sum(x.prices[x.choice] for x in found))
+            rows.append((str(index), _names(found), price, f"{cost:+.5f}"))
         rows.append(("all", "", self._price(self.price), ""))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         table = [
@@ -212,3 +235,9 @@ class Plan:
         if PLAN in self.measured:
             told += f"; measured {self.total(PLAN) - self.total(DENSE):.5f}"
         return [*lines, told]
+
+
+def _names(heads: list[LayerChoice]) -> str:
+    """The candidates of a layer: one, or one for each of its heads."""
+    names = [each.choice for each in heads]
+    return names[0] if len(set(names)) == 1 else " | ".join(names)
