@@ -207,6 +207,16 @@ def sorted_records(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(records, key=lambda r: (r["variant"], r["task"], r["length"], r["index"]))
 
 
+def test_scores_of_another_version_are_not_mixed_in(
+    model: Any, material: Material, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = settings(lengths=[256], number=1, variants=[DENSE])
+    evaluate(model, TOKENIZER, wanted, material, tmp_path)
+    monkeypatch.setattr("hf_effattn.evaluation.runner.SCORES", 3)
+    with pytest.raises(ValueError, match="results of other settings .scores was 2, is 3"):
+        evaluate(model, TOKENIZER, wanted, material, tmp_path)
+
+
 def test_more_examples_and_variants_are_added_to_what_is_there(model: Any, material: Material, tmp_path: Path) -> None:
     evaluate(model, TOKENIZER, settings(lengths=[256], variants=[DENSE]), material, tmp_path)
     before = (tmp_path / RESULTS).read_text()

@@ -20,6 +20,7 @@ from .subject import Subject
 from .variants import EVICTIONS_START_LATE, Variant, as_variant, digest_of, is_converted, mechanisms
 
 RESULTS, SETTINGS = "results.jsonl", "settings.json"
+SCORES = 2  # raised when tasks or scores change, so that a folder does not mix them
 Key = tuple[str, str, int, int]  # variant, task, length, index of the example
 
 
@@ -99,7 +100,8 @@ def evaluate(
     material = replace(material, overhead=subject.overhead())
     works = [_work(name, length, settings.number, material) for name in settings.tasks for length in settings.lengths]
     dtype = str(model.dtype).removeprefix("torch.")
-    identity = {**settings.of_examples(), "model": str(model.config.name_or_path), "dtype": dtype}
+    model_name = str(model.config.name_or_path)
+    identity = {**settings.of_examples(), "model": model_name, "dtype": dtype, "scores": SCORES}
     store = _Store(folder, identity)
     names = [variant.name for variant in settings.variants]
     wanted = {(v, w.name, w.length, i) for v in names for w in works for i in range(len(w.examples))}
