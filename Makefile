@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 QUANTISERS := $(VENV)/quantisers
+TRITON := $(VENV)/triton
 LONGEST_FIRST := tests/test_smollm2.py $(filter-out tests/test_smollm2.py,$(wildcard tests/test_*.py))
 # An ordinary name for the pip options, so that a mirror or cache can be configured from outside.
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
@@ -31,6 +32,11 @@ $(QUANTISERS)/.installed: constraints.txt $(INSTALLED)
 	$(PIP_INSTALL) --upgrade --target $(QUANTISERS) --no-deps bitsandbytes torchao
 	touch $@
 
+# Likewise: where PyTorch finds Triton it takes other paths. Its interpreter runs our kernels on a CPU.
+$(TRITON)/.installed: constraints.txt $(INSTALLED)
+	$(PIP_INSTALL) --upgrade --target $(TRITON) --no-deps triton
+	touch $@
+
 demo: $(INSTALLED)
 	$(BIN)/python recipes/demo.py
 
@@ -41,9 +47,10 @@ eval: $(INSTALLED)
 recover: $(INSTALLED)
 	$(BIN)/python recipes/recover.py
 
-test: $(INSTALLED) $(QUANTISERS)/.installed
+test: $(INSTALLED) $(QUANTISERS)/.installed $(TRITON)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n auto -q
 	OMP_NUM_THREADS=1 PYTHONPATH=$(QUANTISERS) $(BIN)/python -m pytest tests/test_quantized.py -q
+	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest tests/test_triton.py -m "not gpu" -n auto -q
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or gpu" -n auto --dist loadfile --no-loadscope-reorder -q $(LONGEST_FIRST)
 
 lint: $(INSTALLED)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,6 +23,11 @@ CONFIGS = {
     "fixed 128+8": SparseConfig(pattern="fixed", stride=128),
     "bigbird 64+3": SparseConfig(pattern="bigbird"),
 }
+TRITON = {  # measured on CUDA devices only
+    "linear elu, triton": LinearConfig(feature_map="elu", window=0, backend="triton"),
+    "linear hedgehog, triton": LinearConfig(feature_map="hedgehog", window=0, backend="triton"),
+}
+FLEX = {f"{name}, flex": replace(x, backend="flex") for name, x in CONFIGS.items() if isinstance(x, SparseConfig)}
 DECODED = {"moba 16 of 64": SparseConfig(selector="moba")}  # measured in decoding only
 
 
@@ -52,6 +57,11 @@ class Bench:
     def scale(self) -> float:
         return self.heads.head_dim**-0.5
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the layers that are measured in prefill, decoding and training."""
+        return [*CONFIGS, *TRITON, *FLEX] if self.device.startswith("cuda") else [*CONFIGS]
+
     def inputs(self, length: int) -> list[torch.Tensor]:
         """Random query, key and value in the layout of a projection, `[B, T, H, D]` seen as `[B, H, T, D]`."""
         generator = torch.Generator().manual_seed(0)
@@ -60,7 +70,7 @@ class Bench:
         return [x.to(self.device, self.dtype).transpose(1, 2) for x in made]
 
     def mechanism(self, name: str) -> torch.nn.Module:
-        return make_mechanism((CONFIGS | DECODED)[name], self.heads).to(self.device, self.dtype).eval()
+        return make_mechanism((CONFIGS | TRITON | FLEX | DECODED)[name], self.heads).to(self.device, self.dtype).eval()
 
     def chunk_flops(self, features: int, chunk: int) -> int:
         """Floating-point operations a token of linear attention in chunks, its products within a chunk in full."""

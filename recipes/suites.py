@@ -9,15 +9,15 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from layers import CONFIGS, DECODED, Bench
+from layers import DECODED, FLEX, Bench
 from models import load
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import DynamicLayer
 
 from hf_effattn import convert_attention
 from hf_effattn.cache import EffAttnCacheLayer
 from hf_effattn.ops.linear import linear_attention
+from hf_effattn.ops.sparse import sparse_attention
 from hf_effattn.patterns import streaming
 
 Run = Callable[[], object]
@@ -59,7 +59,9 @@ def prefill(bench: Bench, length: int) -> dict[str, Run]:
         runs["quadratic elu"] = lambda: quadratic(q, k, v)
     features = [torch.rand(*x.shape[:3], FEATURES, device=bench.device).to(bench.dtype) for x in (q, k)]
     runs[GIVEN] = lambda: linear_attention(features[0], features[1], v)
-    for name in CONFIGS:
+    if v.is_cuda:
+        runs[f"{GIVEN}, triton"] = lambda: linear_attention(features[0], features[1], v, backend="triton")
+    for name in bench.names:
         runs[name] = functools.partial(bench.mechanism(name), q, k, v, scale=bench.scale)
     return runs | flash_linear_attention(bench, features, v) | windows(bench, q, k, v)
 
@@ -74,16 +76,9 @@ def windows(bench: Bench, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> 
         mask = pattern.visible(index, index)[0]
         masked = functools.partial(scaled_dot_product_attention, attn_mask=mask, enable_gqa=True)
         runs["SDPA under a mask, 256+4"] = lambda: masked(q, k, v)
-    if length <= FLEX_TO:
-        blocks = create_block_mask(pattern.mask_mod, None, None, length, length, device=device)
-        flex = _compiled_flex()
-        runs["FlexAttention compiled, 256+4"] = lambda: flex(q, k, v, block_mask=blocks, enable_gqa=True)
+    if length <= FLEX_TO and not q.is_cuda:  # there it is one of the layers
+        runs["FlexAttention compiled, 256+4"] = lambda: sparse_attention(q, k, v, pattern, backend="flex")
     return runs
-
-
-@functools.cache
-def _compiled_flex() -> Callable[..., torch.Tensor]:
-    return torch.compile(flex_attention, dynamic=False)
 
 
 def flash_linear_attention(bench: Bench, features: list[torch.Tensor], v: torch.Tensor) -> dict[str, Run]:
@@ -107,7 +102,8 @@ def decode(bench: Bench, length: int) -> dict[str, Run]:
     runs: dict[str, Run] = {**yardstick(bench), "add_ dispatch": lambda: base.add_(1.0)}
     runs["dense DynamicCache"] = _dense_step(k, v, one)
     runs["dense, preallocated"] = _preallocated_step(k, v, one)
-    return runs | {name: _converted_step(bench, name, (q, k, v), one) for name in (*CONFIGS, *DECODED)}
+    names = [name for name in (*bench.names, *DECODED) if name not in FLEX]  # single queries are never its
+    return runs | {name: _converted_step(bench, name, (q, k, v), one) for name in names}
 
 
 def _dense_step(k: torch.Tensor, v: torch.Tensor, one: list[torch.Tensor]) -> Run:
@@ -163,7 +159,7 @@ def train(bench: Bench, length: int) -> dict[str, Run]:
     runs: dict[str, Run] = {**yardstick(bench), "dense SDPA": step(sdpa, [])}
     if length <= QUADRATIC_TO:
         runs["quadratic elu"] = step(quadratic, [])
-    for name in CONFIGS:
+    for name in bench.names:
         layer = bench.mechanism(name)
         learned = [p for p in layer.parameters() if p.requires_grad]
         runs[name] = step(functools.partial(layer, scale=bench.scale), learned)

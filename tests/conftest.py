@@ -16,6 +16,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
+
 torch.set_num_threads(1)
 settings.register_profile(
     "laws", deadline=None, derandomize=True, max_examples=4, suppress_health_check=list(HealthCheck)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from torch.nn import functional
 from hf_effattn.feature_maps import FEATURE_MAPS
 from hf_effattn.ops.linear import BACKENDS, LinearState, linear_attention
 
-FAST = sorted(set(BACKENDS) - {"reference"})
+EVERYWHERE = sorted(set(BACKENDS) - {"triton"})  # which `test_triton` compares
+FAST = sorted(set(EVERYWHERE) - {"reference"})
 fast = pytest.mark.parametrize("backend", FAST)
 
 
@@ -137,7 +139,7 @@ def test_token_by_token_stays_with_the_chunks_for_8192_tokens(name: str) -> None
     assert relative(chunked.state.kv, recurrent.state.kv) <= 5e-3
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", EVERYWHERE)
 @given(length=st.integers(2, 140), at=st.integers(1, 139))
 def test_nothing_from_the_future(backend: str, length: int, at: int) -> None:
     at = at % length
@@ -149,7 +151,7 @@ def test_nothing_from_the_future(backend: str, length: int, at: int) -> None:
     assert torch.equal(before[:, :, :at], after[:, :, :at])
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", EVERYWHERE)
 def test_a_query_like_no_key_gets_zero(backend: str) -> None:
     q, k, v = inputs(1, 1, 1, 9)
     output = linear_attention(torch.zeros_like(q), k, v, backend=backend).output
@@ -160,6 +162,14 @@ def test_one_token_is_computed_recurrently_and_more_in_chunks() -> None:
     for length, backend in ((1, "recurrent"), (9, "chunked")):
         x = inputs(1, 1, 2, length)
         assert torch.equal(linear_attention(*x).output, linear_attention(*x, backend=backend).output)
+
+
+def test_triton_is_optional_and_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "hf_effattn.ops.linear.kernels", raising=False)
+    monkeypatch.delattr("hf_effattn.ops.linear.kernels", raising=False)
+    with pytest.raises(ImportError, match=r"pip install 'hf_effattn\[triton\]'"):
+        linear_attention(*inputs(1, 1, 1, 3), backend="triton")
 
 
 def test_double_stays_double() -> None:
@@ -174,7 +184,7 @@ def test_double_stays_double() -> None:
         ({"query": torch.rand(2, 3, 5, 6)}, ValueError, "multiple"),
         ({"query": torch.rand(2, 4, 7, 6)}, ValueError, "past comes as `state`"),
         ({"value": torch.rand(2, 2, 5, 4).double()}, TypeError, "differ in dtype"),
-        ({"backend": "fused"}, ValueError, "valid: auto, reference, chunked, recurrent"),
+        ({"backend": "fused"}, ValueError, "valid: auto, reference, chunked, recurrent, triton"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1"),
         ({"padding_mask": torch.ones(2, 5)}, TypeError, "must be boolean"),
         ({"padding_mask": torch.ones(2, 4).bool()}, ValueError, r"must be \[2, 5\]"),

@@ -9,7 +9,7 @@ import torch
 from ..config import LinearConfig
 from ..feature_maps import FEATURE_MAPS
 from ..notation import may_overwrite
-from ..ops.linear import LinearState, Plan, empty_state, linear_attention, recurrent
+from ..ops.linear import LinearState, Plan, empty_state, linear_attention, recurrent, triton
 from ..recurrences import RECURRENCES, Recurrence, RecurrenceShape
 from .base import MECHANISMS, Call, HeadGeometry, Mechanism
 
@@ -131,7 +131,8 @@ class LinearAttention(Mechanism):
         if query.shape[2] == 1 and self.options.backend != "reference":
             plan = Plan(self.query_map, self.key_map, 1, positions, positions, mask, self.recurrence)
             in_place = call.in_place and may_overwrite(state.sums)
-            return recurrent.linear_attention(query, key, value, state, plan, in_place)
+            compute = triton.linear_attention if self.options.backend == "triton" else recurrent.linear_attention
+            return compute(query, key, value, state, plan, in_place)
         return linear_attention(
             query,
             key,

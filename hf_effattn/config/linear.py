@@ -33,11 +33,12 @@ class LinearConfig(MechanismConfig):
         recurrence: How the state goes from token to token: "sum" keeps everything, others let it decay (see
             `hf_effattn.recurrences`).
         chunk_size: Tokens of one chunk of the parallel form. It changes speed and rounding, nothing else.
-        backend: "auto", "chunked", or "reference" (slow and quadratic: for tests).
+        backend: "auto", "chunked", "reference" (slow and quadratic: for tests), or "triton" (kernels for CUDA devices,
+            for layers without a window and recurrences without delta rule).
     """
 
     mechanism: ClassVar[str] = "linear"
-    backends: ClassVar[tuple[str, ...]] = ("auto", "chunked", "reference")
+    backends: ClassVar[tuple[str, ...]] = ("auto", "chunked", "reference", "triton")
 
     feature_map: str = "hedgehog"
     map_options: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -65,6 +66,19 @@ class LinearConfig(MechanismConfig):
             raise ValueError(
                 f"num_sinks={self.num_sinks} needs a softmax window; set window to at least 1, or num_sinks=0"
             )
+        if self.backend == "triton":
+            self._check_triton()
+
+    def _check_triton(self) -> None:
+        """Raise a ValueError for what has no Triton kernels."""
+        others = ", ".join(name for name in self.backends if name != "triton")
+        if self.window:
+            raise ValueError(
+                f"backend 'triton' has no softmax window; set window=0, or with window={self.window} another backend; "
+                f"valid: {others}"
+            )
+        if self.recurrence != "sum" and RECURRENCES.get(self.recurrence).delta:
+            raise ValueError(f"backend 'triton' has no delta rule, as of {self.recurrence!r}; valid: {others}")
 
     @property
     def kind(self) -> str:

@@ -7,7 +7,7 @@ import torch
 from ...feature_maps import FeatureMap
 from ...notation import check_heads, check_padding
 from ...recurrences import Recurrence
-from . import chunked, recurrent, reference
+from . import chunked, recurrent, reference, triton
 from .plan import Plan
 from .state import EPS, LinearOutput, LinearState, empty_state
 
@@ -15,6 +15,7 @@ BACKENDS = {
     "reference": reference.linear_attention,
     "chunked": chunked.linear_attention,
     "recurrent": recurrent.linear_attention,
+    "triton": triton.linear_attention,
 }
 CHUNK_SIZE = 64
 
@@ -52,14 +53,16 @@ def linear_attention(
         positions: Of the tokens `[B or 1, T]`, for maps that use them.
         recurrence: How the state goes from token to token; None for this sum.
         chunk_size: Tokens of one chunk (default 64); changes speed and rounding only.
-        backend: "reference", "chunked", "recurrent", or "auto" (recurrent for one token, else chunked).
+        backend: "reference", "chunked", "recurrent", "triton" (on CUDA, without the delta rule; needs the extra
+            `triton`), or "auto" (recurrent for one token, else chunked).
 
     Returns:
         LinearOutput: output `[B, H, T, V]` in the dtype of the query, and the float32 state after the last token.
 
     Raises:
-        ValueError: if shapes do not fit together, or for an unknown backend.
+        ValueError: if shapes do not fit together, for an unknown backend, or for what the backend does not compute.
         TypeError: if dtypes do not.
+        ImportError: for a backend whose package is missing.
     """
     check_heads(query, key if recurrence is None else recurrence.without_gates(key), value, "F")
     batch, _, tokens, _ = query.shape

@@ -8,6 +8,8 @@ column of ones, and the states before each chunk come from one product with a tr
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..blocks import Blocks, Tensors, in_blocks, learns
@@ -18,6 +20,10 @@ from .plan import Plan
 from .segment import Segment, attend, fold_segment, segments, states_before
 from .state import EPS, LinearOutput, LinearState
 
+Compute = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, Plan, torch.Tensor], tuple[torch.Tensor, torch.Tensor]
+]  # query, key, value, plan and state before -> output and state after
+
 
 def linear_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: LinearState, plan: Plan
@@ -27,7 +33,7 @@ def linear_attention(
     if is_learning and plan.recurrence is None and not torch.compiler.is_compiling():
         return gradient.linear_attention(query, key, value, state, plan)
     if is_learning or plan.is_delta:
-        return _in_blocks(query, key, value, state, plan)
+        return in_blocks_of(segment_output, query, key, value, state, plan)
     return in_segments(query, key, value, state, plan)
 
 
@@ -44,10 +50,19 @@ def in_segments(
     return LinearOutput(collector.result(), LinearState(carry))
 
 
-def _in_blocks(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: LinearState, plan: Plan
+def in_blocks_of(
+    segment: Compute,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    state: LinearState,
+    plan: Plan,
 ) -> LinearOutput:
-    """Compute segment by segment, for training and for outputs that are no quotients."""
+    """Compute segment by segment, for training and for outputs that are no quotients.
+
+    Args:
+        segment: Computes one of them, such as `segment_output`.
+    """
     cuts = segments(query, plan.chunk)
 
     def compute(
@@ -55,14 +70,25 @@ def _in_blocks(
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert carry is not None
         (q, k, v), (start, end) = parts, cuts[block]
-        sums, carry = read_segment(fold_segment(q, k, v, plan.part(start, end)), carry)
-        output = plan.output(sums).view(-1, query.shape[1], plan.chunk, value.shape[-1])
-        return unfold(output, query.shape[0], end - start).to(query.dtype), carry
+        return segment(q, k, v, plan.part(start, end), carry)
 
     blocks = Blocks(compute, [(cut, cut, cut) for cut in cuts], plan.modules, value.shape[-1])
     output, carry = in_blocks(blocks, state.sums, (query, key, value))
     assert carry is not None
     return LinearOutput(output, LinearState(carry))
+
+
+def segment_output(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: Plan, carry: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the output of one segment `[B, H, T, V]` and the state after it `[B, G, F, V+1]`.
+
+    Args:
+        carry: The state before it.
+    """
+    sums, carry = read_segment(fold_segment(query, key, value, plan), carry)
+    output = plan.output(sums).view(-1, query.shape[1], plan.chunk, value.shape[-1])
+    return unfold(output, query.shape[0], query.shape[2]).to(query.dtype), carry
 
 
 def read_segment(segment: Segment, carry: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

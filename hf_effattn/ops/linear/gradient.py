@@ -30,11 +30,13 @@ def linear_attention(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, state: LinearState, plan: Plan
 ) -> LinearOutput:
     """Compute as `chunked.linear_attention` does, with gradients for all tensors and the maps' parameters."""
-    output, carry = _Chunked.apply(plan, query, key, value, state.sums, *parameters_of(plan.modules))
+    output, carry = Chunked.apply(plan, query, key, value, state.sums, *parameters_of(plan.modules))
     return LinearOutput(output, LinearState(carry))
 
 
-class _Chunked(torch.autograd.Function):
+class Chunked(torch.autograd.Function):
+    """The pass forward keeps for the pass back: inputs, output, denominators, and the state before each segment."""
+
     @staticmethod
     def forward(
         ctx: Any,
