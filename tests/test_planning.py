@@ -24,13 +24,14 @@ from hf_effattn.evaluation.variants import as_variant, digest_of, mechanisms
 from hf_effattn.planning.candidates import Candidate, default_candidates, read_candidates
 from hf_effattn.planning.journal import FILE
 from hf_effattn.planning.measure import assign, end_logits, logits_of, loss_of, read, single_changes
-from hf_effattn.planning.probes import DEPTHS, NEEDLE, QUESTION, Probe, make_probes
+from hf_effattn.planning.probes import IN_DOCUMENTS, IN_NOISE, NOISE, Probe, make_probes
 from hf_effattn.plans import Budget, Loss, Plan, choose
 from hf_effattn.plans.heads import Unit
 from hf_effattn.plans.scale import ratio_at, ratios
 from hf_effattn.targets import choose_layers, find_targets
 
-TOKENIZER = small_tokenizer(PROSE + " ".join((*ADJECTIVES, *NOUNS, NEEDLE, QUESTION)))
+ASKED = [part for kind in (IN_DOCUMENTS, *IN_NOISE) for part in (kind.needle, kind.question)]
+TOKENIZER = small_tokenizer(PROSE + NOISE + " ".join((*ADJECTIVES, *NOUNS, *ASKED)))
 LENGTH = 640
 CANDIDATES = ["sparse:window=16", "sparse:window=160", "linear:window=8"]
 TEXT = PROSE * 8
@@ -151,17 +152,18 @@ def test_a_budget_is_kept_by_the_bytes_of_a_cache(model: Any, budget: str) -> No
 @torch.no_grad()
 def test_what_a_plan_says_was_measured_is_what_the_converted_model_loses(model: Any) -> None:
     found = planned(model)
-    probe, noise = make_probes([TEXT], TOKENIZER, LENGTH, 1, 42)
+    probe, *noise = make_probes([TEXT], TOKENIZER, LENGTH, 1, 42)
     inputs, targets = probe.ids[None, :-1], probe.ids[1:]
     dense = model(inputs).logits[0].log_softmax(dim=-1)
     own = model.convert_attention(found).eval()(inputs).logits[0].log_softmax(dim=-1)
     losses = cross_entropy(own, targets, reduction="none")
     divergences = (dense.exp() * (dense - own)).sum(dim=1)
-    others = cross_entropy(model(noise.ids[None, :-1]).logits[0], noise.ids[1:], reduction="none")
+    others = [cross_entropy(model(x.ids[None, :-1]).logits[0], x.ids[1:], reduction="none") for x in noise]
     told = found.measured["this plan"]
     assert told.text == pytest.approx(float(losses[probe.is_text].mean()), abs=1e-5)
-    recall = [float(x[marks].mean()) for x, marks in ((losses, probe.is_answer), (others, noise.is_answer))]
-    assert told.recall == pytest.approx(sum(recall) / 2, abs=1e-5)
+    recall = [float(losses[probe.is_answer].sum()) / 4]
+    recall += [float(x[each.is_answer].sum()) for x, each in zip(others, noise, strict=True)]
+    assert told.recall == pytest.approx(sum(recall) / 3, abs=1e-5)
     assert told.divergence == pytest.approx(float(divergences[probe.is_text].mean()), abs=1e-5)
     assert found.measured["dense"].divergence == pytest.approx(0.0, abs=1e-6)
 
@@ -178,6 +180,7 @@ def test_heads_have_plans_of_their_own(model: Any, tmp_path: Path) -> None:
     assert Plan.from_dict(json.loads(json.dumps(found.to_dict()))) == found
     ids = random_ids(LENGTH)[None]
     model.convert_attention(found)
+    assert found.for_budget("40%").layers == found.layers  # of what dense attention needs, not of stores for each head
     spent = model.attention_report(LENGTH).cache_bytes
     assert spent <= found.price <= found.budget.limit
     with torch.no_grad():
@@ -210,6 +213,14 @@ def test_what_heads_cannot_have_is_told(model: Any, candidates: list[str], budge
         planned(model, budget, candidates=candidates, by_head=True)
 
 
+@pytest.mark.parametrize("candidate", ["gla", "liger,feature_map=elu"])
+def test_candidates_that_cannot_take_over_a_cache_read_all_by_themselves(model: Any, candidate: str) -> None:
+    names = [f"linear:window=0,recurrence={candidate}", "sparse:window=16"]
+    found = planned(model, "60%", candidates=names, rounds=1)
+    assert found.price <= found.budget.limit
+    assert found.sum_of(names[0]) > 0
+
+
 def test_sums_of_losses_are_scaled_to_what_whole_models_lose() -> None:
     known = ratios([4.0, 1.0, 0.0], [2.0, 2.0, 5.0])
     assert known == ((1.0, 2.0), (4.0, 0.5))
@@ -234,11 +245,17 @@ def test_recall_counts_as_much_as_is_said(model: Any) -> None:
 
 
 def test_needles_are_hidden_far_before_and_asked_for_at_the_end() -> None:
-    probe, noise = make_probes([TEXT], TOKENIZER, LENGTH, 1, 7)
+    probe, *noise = make_probes([TEXT], TOKENIZER, LENGTH, 1, 7)
+    assert [x.num_answers for x in (probe, *noise)] == [4, 1, 1]
+    for each in noise:
+        assert len(each.ids) == LENGTH + 1
+        assert not each.is_text.any()
+        assert NOISE * 3 in TOKENIZER.decode(each.ids)
+        assert bool(each.is_answer.nonzero().min() >= each.start)
     assert len(probe.ids) == LENGTH + 1
     assert not bool((probe.is_text & probe.is_answer).any())
     answers = TOKENIZER.decode(probe.ids[1:][probe.is_answer]).split()
-    assert len(answers) == len(DEPTHS)
+    assert len(answers) == len(IN_DOCUMENTS.depths)
     assert all(len(x) == 5 and x.isdigit() for x in answers)
     whole = TOKENIZER.decode(probe.ids)
     for answer in answers:

@@ -90,6 +90,11 @@ class Mechanism(nn.Module):
         """Size of the last dimension of keys in `attend` and in states."""
         return self.geometry.head_dim * (2 if self.before_rotary else 1) + self.num_gates
 
+    @property
+    def takes_over(self) -> bool:
+        """Whether it can go on from a cache that softmax layers filled, which has keys after rotary, and values."""
+        return not (self.needs_queries or self.num_gates or (self.before_rotary and self.undo_rotary is not None))
+
     def attend(
         self, state: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, Any]:

@@ -15,6 +15,7 @@ from ..config import config_from_dict
 from ..convert import convert_attention, revert_attention
 from ..plans import Loss
 from ..plans.heads import Unit, of_layer
+from ..recovery.teacher import converted_layers, mechanism_of
 from ..targets import find_targets
 from .candidates import Candidate
 from .probes import Probe
@@ -60,8 +61,8 @@ def loss_of(logits: torch.Tensor, probe: Probe, dense: torch.Tensor) -> Loss:
         losses.append(-found.gather(1, targets[:, None])[:, 0])
         divergences.append((expected.exp() * (expected - found)).sum(dim=1))
     loss, divergence = (torch.cat(x).double().cpu() for x in (losses, divergences))
-    text, recall = (float(loss[marks].mean()) for marks in (probe.is_text, probe.is_answer))
-    return Loss(text, recall, float(divergence[probe.is_text].mean()))
+    recall = float(loss[probe.is_answer].sum()) / probe.num_answers
+    return Loss(float(loss[probe.is_text].mean()), recall, float(divergence[probe.is_text].mean()))
 
 
 class Past(NamedTuple):
@@ -77,9 +78,16 @@ class Past(NamedTuple):
     logits: torch.Tensor
 
 
+def takes_over(model: PreTrainedModel) -> bool:
+    """Whether all converted layers of the model as it is can go on from what softmax layers left."""
+    return all(mechanism_of(module).takes_over for module in converted_layers(model).values())
+
+
 @torch.inference_mode()
-def read(model: PreTrainedModel, probe: Probe) -> Past:
-    """Let the model, which is dense, read a calibration text."""
+def read(model: PreTrainedModel, probe: Probe, keeps_cache: bool = True) -> Past:
+    """Let the model, which is dense, read a calibration text; without keeping the cache where no use is made of it."""
+    if not keeps_cache:
+        return Past(None, logits_of(model, probe))
     cache = DynamicCache(config=model.config)
     ids = probe.ids[None, :-1].to(model.device)
     first = model(ids[:, : probe.start], past_key_values=cache).logits[0]

@@ -41,7 +41,7 @@ def priced(
     assign(model, {})
     report = attention_report(model, context_length)
     budget = Budget.parse(wanted, report.cache_bytes)
-    fixed = 0.0
+    dense_price, fixed = float(report.cache_bytes), 0.0
     if budget.unit == BYTES:
         converted = {unit.layer for unit in units}
         fixed = float(sum(x.cache_bytes for x in report.layers if x.index not in converted))
@@ -50,6 +50,7 @@ def priced(
     elif any(unit.head is not None for unit in units):
         raise ValueError("what a head takes of a decoding step is not known; give bytes as a budget, or plan by layers")
     else:
+        dense_price = seconds(DENSE)
         each = {name: seconds(name) / len(units) for name in candidates}
         prices = dict.fromkeys(units, each)
     return Plan(
@@ -57,6 +58,7 @@ def priced(
         num_layers=len(find_targets(model).natives),
         context_length=context_length,
         budget=budget,
+        dense_price=dense_price,
         fixed_price=fixed,
         candidates={name: candidate.spec for name, candidate in candidates.items()},
         layers=tuple(LayerChoice(x.layer, DENSE, prices[x], dict.fromkeys(candidates, 0.0), x.head) for x in units),

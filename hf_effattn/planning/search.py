@@ -26,7 +26,7 @@ from ..targets import choose_layers, find_targets
 from .candidates import Candidate, check_for_heads, default_candidates, read_candidates
 from .costs import Chance
 from .journal import Journal, identity_of
-from .measure import Choice, Past, assign, logits_of, loss_of, read, single_changes
+from .measure import Choice, Past, assign, logits_of, loss_of, read, single_changes, takes_over
 from .prices import priced
 from .probes import Probe, make_probes
 from .speed import step_seconds
@@ -43,7 +43,7 @@ def plan(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     number: int = 2,
-    recall_weight: float = 0.1,
+    recall_weight: float = 0.02,
     rounds: int = 2,
     by_head: bool = False,
     measured: int = 512,
@@ -69,7 +69,7 @@ def plan(
             32nd, an eighth and a quarter of the context with 4 sinks.
         tokenizer: Of the model; None to load the one that belongs to it.
         number: Calibration texts.
-        recall_weight: What a nat of an answer's token counts beside one of the documents.
+        recall_weight: What a nat of an answer counts beside one of a token of the documents.
         rounds: How often all changes are measured.
         by_head: Choose for each key/value head, not for each layer; candidates are then windows, with or without sinks.
         measured: Tokens at the end of each text, before the questions, on which single changes are measured.
@@ -131,6 +131,7 @@ class _Search:
         self.dense = self.everywhere(DENSE)
         self._chance = Chance({}, 0.0)
         self._pasts: dict[int, Past] = {}
+        self._take_over = all(self._takes_over(name) for name in self.candidates)
 
     def run(self, wanted: str | int | Budget, rounds: int, recall_weight: float) -> Plan:
         length = len(self.probes[0].ids) - 1
@@ -163,6 +164,10 @@ class _Search:
     def everywhere(self, name: str) -> Choice:
         return dict.fromkeys(self.units, self.candidates[name])
 
+    def _takes_over(self, name: str) -> bool:
+        assign(self.model, self.everywhere(name))
+        return takes_over(self.model)
+
     def choice(self, found: Plan) -> Choice:
         return {unit: self.candidates[row.choice] for unit, row in zip(self.units, found.layers, strict=True)}
 
@@ -182,7 +187,7 @@ class _Search:
         """Return what the dense model makes of a calibration text, which is kept in memory."""
         if number not in self._pasts:
             revert_attention(self.model)
-            self._pasts[number] = read(self.model, self.probes[number])
+            self._pasts[number] = read(self.model, self.probes[number], self._take_over)
         return self._pasts[number]
 
     def around(self, base: Choice, empty: Plan, name: str) -> Plan:

@@ -18,11 +18,11 @@ PLAN, DENSE = "this plan", "dense"
 
 
 class Loss(NamedTuple):
-    """Losses of a model on the calibration texts, in nats a token.
+    """Losses of a model on the calibration texts, in nats a token unless said otherwise.
 
     Args:
         text: Of the documents.
-        recall: Of the answers to questions about what was hidden in them.
+        recall: Of the answers to questions about what was hidden before, in nats a whole answer.
         divergence: KL divergence from the dense model's predictions of the documents. It is the loss of text that is to
             be expected: on a few texts a model may do better by chance, but never diverge less than not at all, so
             divergences of single layers add up where losses of text would not.
@@ -65,6 +65,7 @@ class Plan:
         model_type, num_layers: Of the model it was made for.
         context_length: Tokens at which all was measured.
         budget: The limit.
+        dense_price: What softmax attention in all layers costs.
         fixed_price: What layers cost that cannot be converted.
         candidates: By name, the configs as JSON-able data; None for a layer left as it is.
         layers: Each layer that can be converted, or each of its heads, in order.
@@ -78,6 +79,7 @@ class Plan:
     num_layers: int
     context_length: int
     budget: Budget
+    dense_price: float
     fixed_price: float
     candidates: dict[str, dict[str, Any] | None]
     layers: tuple[LayerChoice, ...]
@@ -132,7 +134,7 @@ class Plan:
         Raises:
             ValueError: for a budget that no choice keeps, or of another unit.
         """
-        wanted = Budget.parse(budget, round(self.price_of(DENSE)))
+        wanted = Budget.parse(budget, round(self.dense_price))
         if wanted.unit != self.budget.unit:
             raise ValueError(f"the prices of this plan are in {self.budget.unit}; plan again for {wanted.unit}")
         names = list(self.candidates)
@@ -228,7 +230,7 @@ class Plan:
             ratio = math.exp(loss.text - self.measured[DENSE].text)
             lines.append(
                 f"{name}: perplexity {math.exp(loss.text):.3f} ({ratio:.4f}x), {loss.divergence:.5f} nats from dense, "
-                f"recall {loss.recall:.3f} nats"
+                f"recall {loss.recall:.3f} nats an answer"
             )
         more = self.predicted - self.total(DENSE)
         told = f"predicted to lose {more:.5f} nats a token, recall counted {self.recall_weight:g}"
