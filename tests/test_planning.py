@@ -117,7 +117,7 @@ def test_losses_from_a_layer_on_are_those_of_whole_passes(variant: str) -> None:
         found = list(single_changes(model, probe, past, base, [(unit, window) for unit in units]))
         for unit, candidate, loss in found:
             assign(model, base | {unit: candidate})
-            assert loss == loss_of(end_logits(model, probe, past), probe.end, past.logits[start:])
+            assert loss == loss_of(end_logits(model, probe, past), probe.since(start), past.logits[start:])
         assert [unit for unit, _, _ in found] == units
         everywhere = Candidate("all", hf_effattn.SparseConfig(window=length))
         assign(model, dict.fromkeys(units, everywhere))

@@ -42,8 +42,9 @@ def assign(model: PreTrainedModel, choice: Choice) -> None:
 
 @torch.inference_mode()
 def logits_of(model: PreTrainedModel, probe: Probe) -> torch.Tensor:
-    """Return the logits of the model as it is on one calibration text `[T, V]`."""
-    return model(probe.ids[None, :-1].to(model.device), use_cache=False).logits[0]
+    """Return the logits of the model as it is on one calibration text, from `probe.first` on."""
+    ids = probe.ids[None, :-1].to(model.device)
+    return model(ids, use_cache=False, logits_to_keep=ids.shape[1] - probe.first).logits[0]
 
 
 @torch.inference_mode()
@@ -71,7 +72,7 @@ class Past(NamedTuple):
     Args:
         cache: Of the tokens before the end; it must be copied before it is used. None where converted layers cannot
             take over what it holds: then all is computed.
-        logits: Of all tokens `[T, V]`.
+        logits: From `probe.first` on.
     """
 
     cache: DynamicCache | None
@@ -90,11 +91,12 @@ def read(model: PreTrainedModel, probe: Probe, keeps_cache: bool = True) -> Past
         return Past(None, logits_of(model, probe))
     cache = DynamicCache(config=model.config)
     ids = probe.ids[None, :-1].to(model.device)
-    first = model(ids[:, : probe.start], past_key_values=cache).logits[0]
+    before = probe.start - probe.first
+    found = model(ids[:, : probe.start], past_key_values=cache, logits_to_keep=max(before, 1)).logits[0, :before]
     if not _can_be_taken_over(model, cache):
         return Past(None, logits_of(model, probe))
     kept = copy.deepcopy(cache)
-    return Past(kept, torch.cat((first, model(ids[:, probe.start :], past_key_values=cache).logits[0])))
+    return Past(kept, torch.cat((found, model(ids[:, probe.start :], past_key_values=cache).logits[0])))
 
 
 def _can_be_taken_over(model: PreTrainedModel, cache: DynamicCache) -> bool:
@@ -113,7 +115,7 @@ def _can_be_taken_over(model: PreTrainedModel, cache: DynamicCache) -> bool:
 def end_logits(model: PreTrainedModel, probe: Probe, past: Past) -> torch.Tensor:
     """Return the logits of the end of a text of which the dense model has read what is before it."""
     if past.cache is None:
-        return logits_of(model, probe)[probe.start :]
+        return logits_of(model, probe)[probe.start - probe.first :]
     ids = probe.ids[None, probe.start : -1].to(model.device)
     return model(ids, past_key_values=copy.deepcopy(past.cache)).logits[0]
 
@@ -128,7 +130,7 @@ def single_changes(
     """
     if not wanted:
         return
-    layers, end, dense = Layers(model), probe.end, past.logits[probe.start :]
+    layers, end, dense = Layers(model), probe.since(probe.start), past.logits[probe.start - probe.first :]
     assign(model, base)
     with layers.kept():
         end_logits(model, probe, past)

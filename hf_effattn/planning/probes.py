@@ -68,9 +68,13 @@ class Probe(NamedTuple):
         return int((self.is_answer & ~before).sum())
 
     @property
-    def end(self) -> Probe:
-        """The text from `start` on."""
-        return Probe(self.ids[self.start :], self.is_text[self.start :], self.is_answer[self.start :], 0)
+    def first(self) -> int:
+        """The first token of which anything is measured: of a document all are, else those of the end."""
+        return 0 if bool(self.is_text.any()) else self.start
+
+    def since(self, token: int) -> Probe:
+        """Return what comes from this token on."""
+        return Probe(self.ids[token:], self.is_text[token:], self.is_answer[token:], max(self.start - token, 0))
 
 
 def make_probes(

@@ -180,7 +180,8 @@ class _Search:
             if name != DENSE:
                 assign(self.model, choice)
                 own = logits_of(self.model, self.probes[number])
-            self.journal.add(keys[number], loss_of(own, self.probes[number], dense))
+            probe = self.probes[number]
+            self.journal.add(keys[number], loss_of(own, probe.since(probe.first), dense))
         return self._mean(keys)
 
     def past(self, number: int) -> Past:
