@@ -207,7 +207,8 @@ def test_a_plan_is_trained_where_it_converts(recipes: Any, tmp_path: Path) -> No
     candidates = {"dense": None, "linear": LinearConfig(window=6, num_sinks=2).to_dict()}
     nothing = dict.fromkeys(names, 0.0)
     layers = tuple(LayerChoice(index, name, nothing, nothing) for index, name in enumerate(names))
-    Plan("llama", 2, 64, Budget("bytes", 1.0), 0.0, candidates, layers, 0.0, 0.0, {}).save(tmp_path / "plan.json")
+    data = (candidates, layers, 0.0, (), 0.0, {})
+    Plan("llama", 2, 64, Budget("bytes", 1.0), 1.0, 0.0, *data).save(tmp_path / "plan.json")
     folder = distill(recipes, tmp_path / "out", plan=str(tmp_path / "plan.json"), options={})
     trained = {key.split(".layers.")[1][0] for key in load_file(folder / "adapter_model.safetensors")}
     trained |= {key.split(".layers.")[1][0] for key in load_file(folder / "effattn.safetensors")}
