@@ -30,9 +30,7 @@ def add(app: typer.Typer, loader: Loader, default_model: str | None) -> None:
             typer.Option(help="As in sparse:window=512,num_sinks=4; may be given several times. Dense is always one."),
         ] = None,
         number: Annotated[int, typer.Option(min=1, help="Calibration texts.")] = 2,
-        recall_weight: Annotated[
-            float, typer.Option(min=0.0, help="Of a nat of an answer beside one of a token of text.")
-        ] = 0.02,
+        recall_weight: Annotated[float, typer.Option(min=0.0, help="Of a nat of recall beside one of text.")] = 0.1,
         rounds: Annotated[int, typer.Option(min=1, help="How often all changes are measured.")] = 2,
         by_head: Annotated[bool, typer.Option("--by-head", help="Choose for each head, not for each layer.")] = False,
         measured: Annotated[int, typer.Option(min=1, help="Tokens of each text that changes are measured on.")] = 512,

@@ -62,8 +62,8 @@ def loss_of(logits: torch.Tensor, probe: Probe, dense: torch.Tensor) -> Loss:
         losses.append(-found.gather(1, targets[:, None])[:, 0])
         divergences.append((expected.exp() * (expected - found)).sum(dim=1))
     loss, divergence = (torch.cat(x).double().cpu() for x in (losses, divergences))
-    recall = float(loss[probe.is_answer].sum()) / probe.num_answers
-    return Loss(float(loss[probe.is_text].mean()), recall, float(divergence[probe.is_text].mean()))
+    text, recall = (float(loss[marks].mean()) for marks in (probe.is_text, probe.is_answer))
+    return Loss(text, recall, float(divergence[probe.is_text].mean()))
 
 
 class Past(NamedTuple):

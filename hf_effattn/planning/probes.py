@@ -14,37 +14,11 @@ from ..evaluation.documents import read_rows
 from ..evaluation.haystack import keys, numbers
 from ..evaluation.material import first_tokens
 
+DEPTHS = (0.05, 0.25, 0.45, 0.65)  # of the needles: far enough from the end that windows do not reach them
 DIGITS = 5
 NEARBY = 64  # tokens among which a place between sentences or lines is looked for
-
-
-class Kind(NamedTuple):
-    """What is hidden in texts of a kind, and how it is asked for.
-
-    Args:
-        needle, question: With a key and, of the needle, a value.
-        depths: Of the needles: far enough from the end that windows do not reach them.
-    """
-
-    needle: str
-    question: str
-    depths: tuple[float, ...]
-
-
-IN_DOCUMENTS = Kind(
-    " The secret number of the {key} is {value}. Remember it.",
-    "\n\nWhat is the secret number of the {key}? The secret number of the {key} is",
-    (0.05, 0.25, 0.45, 0.65),
-)
-# A single question that does not say what kind of thing is asked for: what begins an answer has to be found, too.
-IN_NOISE = [
-    Kind(
-        " The code of the {key} is {value}. Keep it in mind.",
-        "\n\nWhat is the code of the {key}? The code of the {key} is",
-        (depth,),
-    )
-    for depth in (0.1, 0.3)
-]
+NEEDLE = " The secret number of the {key} is {value}. Remember it."
+QUESTION = "\n\nWhat is the secret number of the {key}? The secret number of the {key} is"
 NOISE = " The road is long. The river is wide. The night is quiet. We walk on, step by step."
 
 
@@ -61,11 +35,6 @@ class Probe(NamedTuple):
     is_text: torch.Tensor
     is_answer: torch.Tensor
     start: int
-
-    @property
-    def num_answers(self) -> int:
-        before = torch.cat((torch.zeros(1, dtype=torch.bool), self.is_answer[:-1]))
-        return int((self.is_answer & ~before).sum())
 
     @property
     def first(self) -> int:
@@ -85,8 +54,8 @@ def make_probes(
     seed: int,
     measured: int = 512,
 ) -> list[Probe]:
-    """Return calibration texts of `context_length` + 1 tokens: some of one document each, then for each of them two of
-    nothing but a few sentences over and over, where what finds something in a document may find nothing.
+    """Return calibration texts of `context_length` + 1 tokens: some of one document each, and as many of nothing but a
+    few sentences over and over, where what finds something in a document may find nothing.
 
     Args:
         documents: A file, folder or dataset (see `read_rows`), or texts. The longest ones are taken.
@@ -101,8 +70,7 @@ def make_probes(
     tokens = sorted(_encoded(tokenizer, texts), key=len, reverse=True)
     chance = random.Random(f"plan/{seed}")
     first = first_tokens(tokenizer)
-    kinds = [IN_DOCUMENTS] * number + IN_NOISE * number
-    whole = [_questions(tokenizer, kind, chance) for kind in kinds]
+    whole = [_questions(tokenizer, chance) for _ in range(2 * number)]
     rooms = [length - len(first) - sum(len(x) for x in (*needles, *asked)) for needles, asked in whole]
     if min(rooms) < length // 2:
         raise ValueError(f"a context of {context_length} tokens has no room for a text and questions; use a longer one")
@@ -120,10 +88,10 @@ def make_probes(
     (noise,) = _encoded(tokenizer, [NOISE])
     noise *= max(rooms) // len(noise) + 1
     found = []
-    for index, (kind, room, questions) in enumerate(zip(kinds, rooms, whole, strict=True)):
+    for index, (room, questions) in enumerate(zip(rooms, whole, strict=True)):
         ids, at = places[index] if index < number else (noise, 0)
         text = ids[at * room : (at + 1) * room]
-        found.append(_assembled(tokenizer, first, text, kind.depths, *questions, measured if index < number else 0))
+        found.append(_assembled(tokenizer, first, text, *questions, measured if index < number else 0))
     return found
 
 
@@ -136,15 +104,12 @@ def _texts(documents: str | Path | Sequence[str]) -> list[str]:
     return texts
 
 
-def _questions(
-    tokenizer: PreTrainedTokenizerBase, kind: Kind, chance: random.Random
-) -> tuple[list[list[int]], list[list[int]]]:
+def _questions(tokenizer: PreTrainedTokenizerBase, chance: random.Random) -> tuple[list[list[int]], list[list[int]]]:
     """Return the tokens of needles, and of questions and answers in turn, in another order."""
-    number = len(kind.depths)
-    pairs = list(zip(keys(chance).first(number), numbers(chance, DIGITS).first(number), strict=True))
-    needles = [kind.needle.format(key=key.replace("-", " "), value=value) for key, value in pairs]
+    pairs = list(zip(keys(chance).first(len(DEPTHS)), numbers(chance, DIGITS).first(len(DEPTHS)), strict=True))
+    needles = [NEEDLE.format(key=key.replace("-", " "), value=value) for key, value in pairs]
     chance.shuffle(pairs)
-    asked = [x for key, value in pairs for x in (kind.question.format(key=key.replace("-", " ")), f" {value}")]
+    asked = [x for key, value in pairs for x in (QUESTION.format(key=key.replace("-", " ")), f" {value}")]
     return _encoded(tokenizer, needles), _encoded(tokenizer, asked)
 
 
@@ -156,7 +121,6 @@ def _assembled(
     tokenizer: PreTrainedTokenizerBase,
     first: list[int],
     text: list[int],
-    depths: Sequence[float],
     needles: list[list[int]],
     asked: list[list[int]],
     measured: int,
@@ -164,7 +128,7 @@ def _assembled(
     """Return the text with needles and questions; without `measured` tokens of it none of them counts."""
     ids, kinds = list(first), [0] * len(first)  # 1: of the document, 2: of an answer
     done = 0
-    for needle, depth in zip(needles, depths, strict=True):
+    for needle, depth in zip(needles, DEPTHS, strict=True):
         place = _between(tokenizer, text, int(depth * len(text)))
         ids += text[done:place] + needle
         kinds += [int(measured > 0)] * (place - done) + [0] * len(needle)

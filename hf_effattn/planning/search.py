@@ -43,7 +43,7 @@ def plan(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     number: int = 2,
-    recall_weight: float = 0.02,
+    recall_weight: float = 0.1,
     rounds: int = 2,
     by_head: bool = False,
     measured: int = 512,
@@ -69,7 +69,7 @@ def plan(
             32nd, an eighth and a quarter of the context with 4 sinks.
         tokenizer: Of the model; None to load the one that belongs to it.
         number: Calibration texts.
-        recall_weight: What a nat of an answer counts beside one of a token of the documents.
+        recall_weight: What a nat of an answer's token counts beside one of the documents.
         rounds: How often all changes are measured.
         by_head: Choose for each key/value head, not for each layer; candidates are then windows, with or without sinks.
         measured: Tokens at the end of each text, before the questions, on which single changes are measured.

@@ -18,11 +18,11 @@ PLAN, DENSE = "this plan", "dense"
 
 
 class Loss(NamedTuple):
-    """Losses of a model on the calibration texts, in nats a token unless said otherwise.
+    """Losses of a model on the calibration texts, in nats a token.
 
     Args:
         text: Of the documents.
-        recall: Of the answers to questions about what was hidden before, in nats a whole answer.
+        recall: Of the answers to questions about what was hidden before.
         divergence: KL divergence from the dense model's predictions of the documents. It is the loss of text that is to
             be expected: on a few texts a model may do better by chance, but never diverge less than not at all, so
             divergences of single layers add up where losses of text would not.
@@ -230,7 +230,7 @@ class Plan:
             ratio = math.exp(loss.text - self.measured[DENSE].text)
             lines.append(
                 f"{name}: perplexity {math.exp(loss.text):.3f} ({ratio:.4f}x), {loss.divergence:.5f} nats from dense, "
-                f"recall {loss.recall:.3f} nats an answer"
+                f"recall {loss.recall:.3f} nats"
             )
         more = self.predicted - self.total(DENSE)
         told = f"predicted to lose {more:.5f} nats a token, recall counted {self.recall_weight:g}"
