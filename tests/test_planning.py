@@ -52,8 +52,8 @@ def model() -> Any:
 
 
 def planned(model: Any, budget: str | int = "40%", **options: Any) -> Plan:
-    settings = {"context_length": LENGTH, "candidates": CANDIDATES, "tokenizer": TOKENIZER, "number": 1, **options}
-    return hf_effattn.plan(model, [TEXT], budget, **settings)
+    settings = {"context_length": LENGTH, "candidates": CANDIDATES, "tokenizer": TOKENIZER, "number": 1, "rounds": 2}
+    return hf_effattn.plan(model, [TEXT], budget, **settings | options)
 
 
 def random_ids(length: int, seed: int = 0) -> torch.Tensor:

@@ -44,7 +44,7 @@ def plan(
     tokenizer: PreTrainedTokenizerBase | None = None,
     number: int = 2,
     recall_weight: float = 0.1,
-    rounds: int = 2,
+    rounds: int = 1,
     by_head: bool = False,
     measured: int = 512,
     out: str | Path | None = None,
@@ -56,7 +56,7 @@ def plan(
     documents then are from those of the dense model (KL divergence), and what the answers to questions about things
     hidden far before lose, so that a plan does not buy perplexity with recall: on the end of calibration texts, before
     which all is as the dense model read it. The least sum within the budget is the plan, if losses add up; so it is
-    measured as a whole, and the changes are measured again around it, while that makes it better. The cache and the
+    measured as a whole, and with more rounds the changes again around it, while that makes it better. The cache and the
     logits of the dense model on the calibration texts are kept in memory.
 
     Args:
@@ -70,7 +70,8 @@ def plan(
         tokenizer: Of the model; None to load the one that belongs to it.
         number: Calibration texts.
         recall_weight: What a nat of an answer's token counts beside one of the documents.
-        rounds: How often all changes are measured.
+        rounds: How often all changes are measured: in the dense model, then around the plan, where layers that stand in
+            for each other each seem to gain what they gain together only once.
         by_head: Choose for each key/value head, not for each layer; candidates are then windows, with or without sinks.
         measured: Tokens at the end of each text, before the questions, on which single changes are measured.
         out: Folder for measurements; a run that was killed goes on from it.
