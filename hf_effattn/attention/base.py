@@ -231,7 +231,7 @@ class Mechanism(nn.Module):
                 f"{self.describe()} goes by. Start with a new cache after converting"
             )
         if key.shape[3] < self.key_width:  # keys of a softmax layer, or of a prefix
-            if self.num_gates or self.undo_rotary is not None:
+            if not self.takes_over:
                 raise ValueError(
                     "the cache was filled by softmax attention or a learned prefix, with keys after rotary only; "
                     f"{self.describe()} needs {'the hidden states' if self.num_gates else 'them before rotary'} too. "

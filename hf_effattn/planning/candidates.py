@@ -61,8 +61,8 @@ def read_candidates(given: Sequence[str | MechanismConfig]) -> list[Candidate]:
 
 
 def check_for_heads(candidates: Sequence[Candidate]) -> None:
-    """Raise a ValueError if these are no candidates for single heads: a layer has one store, which has windows of
-    different lengths, and nothing else that differs."""
+    """Raise a ValueError if these are no candidates for single heads: those of a layer may differ in the lengths of
+    their windows, and in nothing else."""
     rests = []
     for candidate in candidates:
         spec = candidate.spec

@@ -86,10 +86,10 @@ def _of_heads(
 ) -> Prices:
     """Return what each head needs in a store of its own, which is a little more than in one that it shares."""
     modules = find_targets(model).modules
-    prices: Prices = {}
-    for unit in units:
-        g = HeadGeometry(*head_counts(modules[unit.layer], model.config))
+    own: dict[int, dict[str, float]] = {}
+    for layer in dict.fromkeys(unit.layer for unit in units):
+        g = HeadGeometry(*head_counts(modules[layer], model.config))
         alone = HeadGeometry(g.num_heads // g.num_kv_heads, 1, g.head_dim, g.value_dim)
         stores = {name: make_mechanism(x.config or EVERY_KEY, alone) for name, x in candidates.items()}
-        prices[unit] = {name: float(x.cache_bytes(context_length, model.dtype)) for name, x in stores.items()}
-    return prices
+        own[layer] = {name: float(x.cache_bytes(context_length, model.dtype)) for name, x in stores.items()}
+    return {unit: own[unit.layer] for unit in units}

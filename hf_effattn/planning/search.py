@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import head_counts
-from ..attention import HeadGeometry
 from ..config import MechanismConfig, SparseConfig
 from ..convert import revert_attention
 from ..evaluation.variants import is_converted
@@ -98,8 +97,8 @@ def plan(
     units = [Unit(index) for index in choose_layers(targets, None, None)]
     if by_head:
         check_for_heads(found)
-        heads = {unit: HeadGeometry(*head_counts(targets.modules[unit.layer], model.config)) for unit in units}
-        units = [Unit(unit.layer, head) for unit in units for head in range(heads[unit].num_kv_heads)]
+        counts = {unit.layer: head_counts(targets.modules[unit.layer], model.config)[1] for unit in units}
+        units = [Unit(layer, head) for layer, number in counts.items() for head in range(number)]
     probes = make_probes(documents, tokenizer or _tokenizer(model), context_length, number, seed, measured)
     journal = Journal() if out is None else Journal(Path(out), identity_of(model, probes))
     was_training = model.training
