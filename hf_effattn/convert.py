@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,6 +20,14 @@ from .targets import Targets, choose_layers, find_targets, position_embeddings, 
 logger = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=PreTrainedModel)
 
+_load_adapter: Callable[[PreTrainedModel, str | Path, Any], None]
+
+
+def set_adapter_loader(load: Callable[[PreTrainedModel, str | Path, Any], None]) -> None:
+    """Tell what loads `adapter=` of `convert_attention` (a function of `hf_effattn.recovery`, on a floor above)."""
+    global _load_adapter
+    _load_adapter = load
+
 
 def convert_attention(
     model: Model,
@@ -26,6 +35,7 @@ def convert_attention(
     *,
     layers: Iterable[int] | None = None,
     keep_softmax: Iterable[int] | None = None,
+    adapter: str | Path | None = None,
     **options: Any,
 ) -> Model:
     """Replace the softmax attention of a causal language model, in place, by linear or sparse attention.
@@ -36,9 +46,14 @@ def convert_attention(
     Args:
         model: A transformers model of a supported family.
         mechanism: "linear" or "sparse", a `LinearConfig` or `SparseConfig`, or a plan, which says it for each layer.
+            With `adapter`, the name of a mechanism that it has.
         layers: Indices of the layers to convert, negative ones from the end; None for all of full attention (where a
             model has none, for all with a window of their own). The window of a converted layer replaces its own.
         keep_softmax: Indices of layers to leave as they are, all others being converted. Not together with `layers`.
+        adapter: A trained recovery: a folder of `hf_effattn.recovery.save_adapter`, the name of one that ships with a
+            clone of the project (as in "smollm2-135m/linear"), or the id of a repository on the Hub. It says what each
+            layer becomes, in place of all that a conversion did before, and brings what was learned, frozen: feature
+            maps, and LoRA inside the model. `hf_effattn.recovery.load_adapter` also loads them to be trained.
         options: Fields of `LinearConfig` or `SparseConfig`.
 
     Returns:
@@ -47,13 +62,21 @@ def convert_attention(
     Raises:
         TypeError: if `model` is no transformers model, or an option has the wrong type.
         ValueError: for an unknown mechanism, option or value, layers out of range, and models that cannot be
-            converted: unsupported families, cross-attention, offloaded weights; for a plan of another model, or with
-            options beside it. The model is then as it was.
+            converted: unsupported families, cross-attention, offloaded weights; for a plan or an adapter of another
+            model, or with options beside it. The model is then as it was.
+        FileNotFoundError: for an adapter that is not there.
     """
     targets = find_targets(model)
     refuse_offloaded(model)
+    chosen = {"layers": layers, "keep_softmax": keep_softmax}
+    beside = [*(name for name, value in chosen.items() if value is not None), *options]
+    if adapter is not None:
+        _refuse_beside("an adapter", beside)
+        _load_adapter(model, adapter, mechanism)
+        return model
     if isinstance(mechanism, Plan):
-        found = _planned(targets, mechanism, {"layers": layers, "keep_softmax": keep_softmax, **options})
+        _refuse_beside("a plan", beside)
+        found = _planned(targets, mechanism)
     else:
         config = make_config(mechanism, options)
         found = dict.fromkeys(choose_layers(targets, layers, keep_softmax), config)
@@ -72,7 +95,8 @@ def convert_attention(
 
 
 def revert_attention(model: Model) -> Model:
-    """Give `model` back its softmax attention, classes and config, bit for bit; learned maps are dropped.
+    """Give `model` back its softmax attention, classes and config, bit for bit; learned maps are dropped, and LoRA
+    that `convert_attention` has loaded. LoRA of others stays.
 
     Returns:
         The model itself. A model that is not converted stays as it is.
@@ -80,6 +104,7 @@ def revert_attention(model: Model) -> Model:
     if not any(hasattr(module, "effattn") for module in model.modules()) and not hasattr(model.config, "effattn"):
         return model
     targets = find_targets(model)
+    integration.take_out(model)
     for module in targets.modules.values():
         if hasattr(module, "effattn"):
             integration.detach(module, model.config)
@@ -108,11 +133,13 @@ def build_converted(model: PreTrainedModel) -> None:
     _finish(model, targets)
 
 
-def _planned(targets: Targets, plan: Plan, others: dict[str, Any]) -> dict[int, MechanismConfig]:
+def _refuse_beside(what: str, others: list[str]) -> None:
+    if others:
+        raise ValueError(f"{others[0]} does not go with {what}, which says all")
+
+
+def _planned(targets: Targets, plan: Plan) -> dict[int, MechanismConfig]:
     """Return the configs of the layers that a plan converts, once it is known to be for such a model."""
-    given = [name for name, value in others.items() if value is not None]
-    if given:
-        raise ValueError(f"{given[0]} does not go with a plan, which says all")
     if any(hasattr(module, "effattn") for module in targets.modules.values()):
         raise ValueError("the model is converted already, and a plan says what becomes of all layers; revert it first")
     if plan.num_layers != len(targets.natives):

@@ -442,15 +442,15 @@ def test_parts_of_a_linear_layer_stand_alone_with_what_they_have_learned(model: 
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_an_adapter_is_a_variant_and_leaves_the_model_as_it_was(model: Any, tmp_path: Path, lora: bool) -> None:
+@pytest.mark.parametrize("lora", [None, {}, {"modules_to_save": ["lm_head"]}], ids=["maps", "lora", "lora and head"])
+def test_an_adapter_is_a_variant_and_leaves_the_model_as_it_was(model: Any, tmp_path: Path, lora: Any) -> None:
     ids, dense = torch.arange(3, 103)[None], model(torch.arange(3, 103)[None]).logits
     tuned = small_model(TOKENIZER).convert_attention("linear", window=16)
-    if lora:
-        tuned = get_peft_model(tuned, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    if lora is not None:
+        tuned = get_peft_model(tuned, LoraConfig(target_modules=["q_proj"], init_lora_weights=False, **lora))
     with torch.no_grad():
         for name, parameter in tuned.named_parameters():
-            if "effattn" in name:
+            if "effattn" in name or "lm_head.modules_to_save" in name:
                 parameter.normal_()
     save_adapter(tuned, tmp_path)
     variant = Variant.parse(f"adapter:{tmp_path}")

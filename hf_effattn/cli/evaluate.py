@@ -32,8 +32,8 @@ def add(app: typer.Typer, loader: Loader, default_model: str | None) -> None:
         variant: Annotated[
             list[str] | None,
             typer.Option(
-                help="A conversion, as in sparse:window=512,num_sinks=4, or adapter:FOLDER, or plan:FILE; may be given "
-                "several times."
+                help="A conversion, as in sparse:window=512,num_sinks=4, or adapter:NAME (a folder, a shipped adapter, "
+                "a Hub id), or plan:FILE; may be given several times."
             ),
         ] = None,
         against: Annotated[str, typer.Option(help="The variant that others are compared with.")] = DENSE,

@@ -15,9 +15,11 @@ from transformers import PreTrainedModel
 from ..attention import HybridAttention
 from ..config import MechanismConfig, SparseConfig, config_from_dict, make_config
 from ..convert import convert_attention, revert_attention
+from ..integration import unload
 from ..plans import DENSE, Plan
 from ..recovery import load_adapter
-from ..recovery.adapter_files import FILES, local, read
+from ..recovery.adapter_files import FILES, read
+from ..recovery.adapter_names import local
 from ..recovery.teacher import converted_layers, mechanism_of
 from ..targets import choose_layers, find_targets
 
@@ -35,7 +37,7 @@ class Variant:
         name: In reports.
         mechanism: "linear" or "sparse"; None for the model as it was given, DENSE for softmax attention, ADAPTER for
             what `save_adapter` wrote, PLANNED for what `Plan.save` wrote.
-        options: Of the mechanism; of an adapter, its `folder`; of a plan, its `file`.
+        options: Of the mechanism; of an adapter, its `folder` or name; of a plan, its `file`.
         part: "window" or "linear" to leave only this part of linear layers with a window; None for both.
     """
 
@@ -47,8 +49,8 @@ class Variant:
     @classmethod
     def parse(cls, text: str) -> Variant:
         """Read what users type: `dense`, or a mechanism and its options as in
-        `sparse:window=512,num_sinks=4,keep_softmax=[0,5]`; values are JSON, or else words. Or `adapter:FOLDER`, or
-        `plan:FILE`.
+        `sparse:window=512,num_sinks=4,keep_softmax=[0,5]`; values are JSON, or else words. Or `adapter:NAME`, a
+        folder or what else `load_adapter` takes, or `plan:FILE`.
 
         Raises:
             ValueError: if the text is not of this form.
@@ -62,7 +64,7 @@ class Variant:
             return cls(text, PLANNED, {"file": rest})
         if mechanism not in ("linear", "sparse"):
             raise ValueError(
-                "a variant is 'dense', 'adapter:FOLDER', 'plan:FILE', or 'linear' or 'sparse' with options behind a "
+                "a variant is 'dense', 'adapter:NAME', 'plan:FILE', or 'linear' or 'sparse' with options behind a "
                 f"colon; got {text!r}"
             )
         return cls(text, mechanism, dict(_option(part, text) for part in _split(rest)))
@@ -143,7 +145,7 @@ def as_variant(model: PreTrainedModel, variant: Variant) -> Iterator[PreTrainedM
             yield model  # PEFT puts its layers into the model itself
     finally:
         if tuned is not model:
-            tuned.unload()
+            unload(tuned)
         revert_attention(model)
 
 

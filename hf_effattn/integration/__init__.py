@@ -10,6 +10,7 @@ from .attention import NAME, effattn_attention
 from .binding import attach, default_implementation, detach, is_attached
 from .checkpoints import is_learned
 from .classes import FORMAT_VERSION, LAYER_TYPE, register_config, set_builder
+from .inside import keep_inside, take_out, unload
 from .masks import effattn_mask
 from .natives import FULL, SLIDING, NativeLayer, native_layers
 from .positions import guard_positions, unguard_positions
@@ -30,12 +31,15 @@ __all__ = [
     "guard_positions",
     "is_attached",
     "is_learned",
+    "keep_inside",
     "native_layers",
     "register",
     "register_config",
     "set_builder",
     "swap_submodels",
+    "take_out",
     "unguard_positions",
+    "unload",
 ]
 
 

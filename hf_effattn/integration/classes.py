@@ -20,6 +20,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 
 from .checkpoints import TYPE_PREFIX, check_keys
+from .inside import refuse_saving
 from .natives import native_layers
 
 PREFIX = "EffAttn"
@@ -104,6 +105,11 @@ class EffAttnModelMixin:
         )
         check_keys(model, pretrained_model_name_or_path, info, kwargs)
         return (model, info) if wants_info else model
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does; not with an adapter inside that `convert_attention` has loaded."""
+        refuse_saving(self)  # type: ignore[arg-type]
+        super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
 
 class TwinType(type):

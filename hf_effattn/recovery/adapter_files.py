@@ -15,9 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import huggingface_hub
 import torch
-from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
@@ -119,24 +117,6 @@ def read(folder: Path) -> Saved:
         return Saved(folder, description, own, None)
     _present(folder / CONFIG_NAME)
     return Saved(folder, description, own, _read_tensors(folder / PEFT_WEIGHTS))
-
-
-def local(folder: str | Path) -> Path:
-    """Return the folder itself if it is there, else a copy of the repository of this name on the Hub.
-
-    Raises:
-        FileNotFoundError: if there is neither.
-    """
-    if Path(folder).is_dir():
-        return Path(folder)
-    try:
-        return Path(huggingface_hub.snapshot_download(str(folder), allow_patterns=list(FILES)))
-    except HFValidationError:
-        raise FileNotFoundError(f"there is no folder {str(folder)!r}, and no repository can have this name") from None
-    except (OSError, ValueError) as error:  # what the Hub's client raises, offline or for an unknown repository
-        raise FileNotFoundError(
-            f"there is no folder {str(folder)!r}, and no such repository could be fetched from the Hub: {error}"
-        ) from error
 
 
 def _read_description(folder: Path) -> dict[str, Any]:

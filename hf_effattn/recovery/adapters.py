@@ -21,7 +21,8 @@ from ..attention import HeadGeometry
 from ..convert import build_converted, revert_attention
 from ..integration.checkpoints import TYPE_PREFIX
 from ..targets import Targets, choose_layers, find_targets, refuse_offloaded
-from .adapter_files import FILES, PEFT_PREFIX, PEFT_WEIGHTS, WEIGHTS, Saved, Tensors, local, read, write
+from .adapter_files import FILES, PEFT_PREFIX, PEFT_WEIGHTS, WEIGHTS, Saved, Tensors, read, write
+from .adapter_names import local
 from .sharding import whole
 
 
@@ -64,7 +65,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = F
 
     Args:
         model: The base model, from anywhere, plain or converted.
-        folder: What `save_adapter` wrote, or the id of a repository on the Hub.
+        folder: What `save_adapter` wrote, the name of a shipped adapter, or the id of a repository on the Hub.
         trainable: Whether what is loaded will be trained on. A PEFT adapter freezes the base weights in any case.
 
     Returns:
@@ -79,7 +80,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = F
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"load_adapter takes the base model, a transformers model; got {type(model).__name__}")
     if _tuner_layers(model):
-        raise ValueError("the model carries a PEFT adapter; merge or unload it first")
+        raise ValueError("the model carries a PEFT adapter; merge, unload or revert it first")
     saved = read(local(folder))
     _check_base(model, saved)
     with torch.random.fork_rng(devices=[]):  # the copy draws starts that nobody needs
@@ -96,14 +97,14 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, trainable: bool = F
 
 
 def merge_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """Merge LoRA into the base weights and unwrap the converted model, which `save_pretrained` then saves.
+    """Merge LoRA, of a `PeftModel` or as `convert_attention` loaded it, into the weights; `save_pretrained` then works.
 
     Returns:
         The model without adapter; a model that carries none as it is.
 
     Raises:
         TypeError: if `model` is no transformers model.
-        ValueError: for adapters that no weights can stand for, and those without a `PeftModel` around them.
+        ValueError: for adapters that no weights can stand for, and others without a `PeftModel` around them.
     """
     if isinstance(model, PeftModel):
         config = model.active_peft_config
@@ -112,7 +113,7 @@ def merge_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
         return model.merge_and_unload()
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"merge_adapter takes a PeftModel or a transformers model; got {type(model).__name__}")
-    if _tuner_layers(model):
+    if not integration.take_out(model, merge=True) and _tuner_layers(model):
         raise ValueError("the model carries its PEFT adapter inside; give the PeftModel around it")
     return model
 
