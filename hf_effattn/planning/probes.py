@@ -15,10 +15,13 @@ from ..evaluation.haystack import keys, numbers
 from ..evaluation.material import first_tokens
 
 DEPTHS = (0.05, 0.25, 0.45, 0.65)  # of the needles: far enough from the end that windows do not reach them
+THINGS = {0.1: "code", 0.25: "PIN", 0.35: "password", 0.45: "magic word", 0.55: "code", 0.7: "combination"}  # by depth
 DIGITS = 5
 NEARBY = 64  # tokens among which a place between sentences or lines is looked for
 NEEDLE = " The secret number of the {key} is {value}. Remember it."
 QUESTION = "\n\nWhat is the secret number of the {key}? The secret number of the {key} is"
+SAID = " The {thing} is {value}. Keep it in mind: the {thing} is {value}."
+ASKED = "\nWhat is the {thing}? The {thing} is"
 NOISE = " The road is long. The river is wide. The night is quiet. We walk on, step by step."
 
 
@@ -41,6 +44,11 @@ class Probe(NamedTuple):
         """The first token of which anything is measured: of a document all are, else those of the end."""
         return 0 if bool(self.is_text.any()) else self.start
 
+    @property
+    def questions(self) -> Probe:
+        """The same with nothing but the answers to measure, before which all is the beginning."""
+        return self._replace(is_text=torch.zeros_like(self.is_text), start=int(self.is_text.nonzero().max()) + 2)
+
     def since(self, token: int) -> Probe:
         """Return what comes from this token on."""
         return Probe(self.ids[token:], self.is_text[token:], self.is_answer[token:], max(self.start - token, 0))
@@ -54,12 +62,11 @@ def make_probes(
     seed: int,
     measured: int = 512,
 ) -> list[Probe]:
-    """Return calibration texts of `context_length` + 1 tokens: some of one document each, and as many of nothing but a
-    few sentences over and over, where what finds something in a document may find nothing.
+    """Return calibration texts of `context_length` + 1 tokens of one document each.
 
     Args:
         documents: A file, folder or dataset (see `read_rows`), or texts. The longest ones are taken.
-        number: Of texts out of documents; if there are fewer long documents, several are of the same.
+        number: Of texts; if there are fewer long documents, several are of the same.
         measured: Tokens of the document in the end of a text.
 
     Raises:
@@ -70,7 +77,7 @@ def make_probes(
     tokens = sorted(_encoded(tokenizer, texts), key=len, reverse=True)
     chance = random.Random(f"plan/{seed}")
     first = first_tokens(tokenizer)
-    whole = [_questions(tokenizer, chance) for _ in range(2 * number)]
+    whole = [_questions(tokenizer, chance) for _ in range(number)]
     rooms = [length - len(first) - sum(len(x) for x in (*needles, *asked)) for needles, asked in whole]
     if min(rooms) < length // 2:
         raise ValueError(f"a context of {context_length} tokens has no room for a text and questions; use a longer one")
@@ -85,13 +92,24 @@ def make_probes(
             f"the documents have {len(places)} stretches of {max(rooms):,} tokens; {number} are asked for: give more "
             "documents, or a smaller number"
         )
-    (noise,) = _encoded(tokenizer, [NOISE])
-    noise *= max(rooms) // len(noise) + 1
     found = []
-    for index, (room, questions) in enumerate(zip(rooms, whole, strict=True)):
-        ids, at = places[index] if index < number else (noise, 0)
-        text = ids[at * room : (at + 1) * room]
-        found.append(_assembled(tokenizer, first, text, *questions, measured if index < number else 0))
+    for (ids, at), room, (needles, asked) in zip(places, rooms, whole, strict=False):
+        hidden = dict(zip(DEPTHS, needles, strict=True))
+        found.append(_assembled(tokenizer, first, ids[at * room : (at + 1) * room], hidden, asked, measured))
+    return found
+
+
+def make_asked(tokenizer: PreTrainedTokenizerBase, context_length: int, seed: int) -> list[Probe]:
+    """Return texts of at most `context_length` + 1 tokens of nothing but a few sentences over and over, with one thing
+    hidden in each, that is asked for so that a model which has not found it says anything but a number."""
+    chance, first = random.Random(f"asked/{seed}"), first_tokens(tokenizer)
+    found = []
+    for (depth, thing), value in zip(THINGS.items(), numbers(chance, DIGITS).first(len(THINGS)), strict=True):
+        said, asked = SAID.format(thing=thing, value=value), ASKED.format(thing=thing)
+        noise, needle, *rest = _encoded(tokenizer, [NOISE, said, asked, f" {value}"])
+        room = context_length + 1 - len(first) - sum(map(len, (needle, *rest)))
+        text = (noise * (room // len(noise) + 1))[:room]
+        found.append(_assembled(tokenizer, first, text, {depth: needle}, rest, 0))
     return found
 
 
@@ -121,14 +139,14 @@ def _assembled(
     tokenizer: PreTrainedTokenizerBase,
     first: list[int],
     text: list[int],
-    needles: list[list[int]],
+    needles: dict[float, list[int]],
     asked: list[list[int]],
     measured: int,
 ) -> Probe:
-    """Return the text with needles and questions; without `measured` tokens of it none of them counts."""
+    """Return the text with needles, by depth, and questions; without `measured` tokens of it none of them counts."""
     ids, kinds = list(first), [0] * len(first)  # 1: of the document, 2: of an answer
     done = 0
-    for needle, depth in zip(needles, DEPTHS, strict=True):
+    for depth, needle in needles.items():
         place = _between(tokenizer, text, int(depth * len(text)))
         ids += text[done:place] + needle
         kinds += [int(measured > 0)] * (place - done) + [0] * len(needle)

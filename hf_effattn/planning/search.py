@@ -24,11 +24,13 @@ from ..plans.scale import ratios
 from ..targets import choose_layers, find_targets
 from .candidates import Candidate, check_for_heads, default_candidates, read_candidates
 from .costs import Chance
+from .gates import can_be_gated
 from .journal import Journal, identity_of
 from .measure import Choice, Past, assign, logits_of, loss_of, read, single_changes, takes_over
 from .prices import priced
-from .probes import Probe, make_probes
+from .probes import Probe, make_asked, make_probes
 from .speed import step_seconds
+from .together import choose_together
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +44,8 @@ def plan(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     number: int = 2,
-    recall_weight: float = 0.1,
-    rounds: int = 1,
+    recall_weight: float = 0.03,
+    rounds: int = 10,
     by_head: bool = False,
     measured: int = 512,
     out: str | Path | None = None,
@@ -52,11 +54,11 @@ def plan(
     """Choose the attention of each layer so that a budget is kept and as little as possible is lost.
 
     Each layer of the dense model by itself is changed to each candidate, and it is measured how far predictions of
-    documents then are from those of the dense model (KL divergence), and what the answers to questions about things
-    hidden far before lose, so that a plan does not buy perplexity with recall: on the end of calibration texts, before
-    which all is as the dense model read it. The least sum within the budget is the plan, if losses add up; so it is
-    measured as a whole, and with more rounds the changes again around it, while that makes it better. The cache and the
-    logits of the dense model on the calibration texts are kept in memory.
+    documents then are from those of the dense model (KL divergence): on the end of calibration texts, before which all
+    is as the dense model read it. These losses add up. Recall does not: layers stand in for each other until too many
+    are changed. So that a plan does not buy perplexity with it, answers to questions about things hidden far before are
+    looked at between choices, where they have a gradient (see `frank_wolfe`). The plan is then measured as a whole. The
+    caches of the dense model on all these texts are kept in memory.
 
     Args:
         model: A dense model of a supported family; afterwards it is as before.
@@ -69,8 +71,9 @@ def plan(
         tokenizer: Of the model; None to load the one that belongs to it.
         number: Calibration texts.
         recall_weight: What a nat of an answer's token counts beside one of the documents.
-        rounds: How often all changes are measured: in the dense model, then around the plan, where layers that stand in
-            for each other each seem to gain what they gain together only once.
+        rounds: How many choices are looked at for what they lose of recall. With candidates other than patterns and
+            linear attention as they come (selectors, mechanisms that read more than queries and keys), recall is that
+            of single changes, which is too little.
         by_head: Choose for each key/value head, not for each layer; candidates are then windows, with or without sinks.
         measured: Tokens at the end of each text, before the questions, on which single changes are measured.
         out: Folder for measurements; a run that was killed goes on from it.
@@ -99,12 +102,14 @@ def plan(
         check_for_heads(found)
         counts = {unit.layer: head_counts(targets.modules[unit.layer], model.config)[1] for unit in units}
         units = [Unit(layer, head) for layer, number in counts.items() for head in range(number)]
-    probes = make_probes(documents, tokenizer or _tokenizer(model), context_length, number, seed, measured)
+    tokenizer = tokenizer or _tokenizer(model)
+    probes = make_probes(documents, tokenizer, context_length, number, seed, measured)
+    asked = [*(probe.questions for probe in probes), *make_asked(tokenizer, context_length, seed)]
     journal = Journal() if out is None else Journal(Path(out), identity_of(model, probes))
     was_training = model.training
     model.eval()
     try:
-        return _Search(model, units, found, probes, journal).run(budget, rounds, recall_weight)
+        return _Search(model, units, found, probes, asked, journal).run(budget, rounds, recall_weight)
     finally:
         revert_attention(model)
         model.train(was_training)
@@ -115,6 +120,8 @@ class _Search:
 
     Args:
         units: What candidates are chosen for.
+        probes: Calibration texts.
+        asked: Texts with answers, those of `probes` first.
         journal: Of all measurements; those it has are not made again.
     """
 
@@ -124,12 +131,13 @@ class _Search:
         units: list[Unit],
         candidates: list[Candidate],
         probes: list[Probe],
+        asked: list[Probe],
         journal: Journal,
     ) -> None:
-        self.model, self.units, self.probes, self.journal = model, units, probes, journal
+        self.model, self.units, self.journal = model, units, journal
+        self.probes, self.asked = probes, asked
         self.candidates = {candidate.name: candidate for candidate in candidates}
         self.dense = self.everywhere(DENSE)
-        self._chance = Chance({}, 0.0)
         self._pasts: dict[int, Past] = {}
         self._take_over = all(self._takes_over(name) for name in self.candidates)
 
@@ -138,28 +146,23 @@ class _Search:
         empty = priced(self.model, self.units, self.candidates, length, wanted, self._seconds, recall_weight)
         empty.for_budget(empty.budget)  # one that cannot be kept is told before hours of measuring
         measured = {name: self.losses(self.everywhere(name), name) for name in self.candidates}
-        empty = replace(empty, measured=measured)
-        base, start = self.dense, empty.total(DENSE)
-        best: Plan | None = None
-        for number in range(1, rounds + 1):
-            around = replace(self.around(base, empty, f"round {number}"), start=start)
-            if best is None:
-                names = [name for name in self.candidates if name != DENSE]
-                known = ratios(map(around.sum_of, names), [empty.total(name) - start for name in names])
-            else:
-                known = ratios([best.sum], [best.total(PLAN) - best.start]) or best.ratios
-            new = replace(around, ratios=known).for_budget(empty.budget)
-            choice = self.choice(new)
-            new = replace(new, measured=measured | {PLAN: self.losses(choice, PLAN)})
-            logger.info("round %d: predicted %.5f, measured %.5f", number, new.predicted, new.total(PLAN))
-            if best is not None and new.total(PLAN) >= best.total(PLAN):
-                break
-            best = new
-            if choice == base:
-                break
-            base, start = choice, new.total(PLAN)
-        assert best is not None
-        return best
+        start = measured[DENSE].total(recall_weight)
+        has_past = self._take_over and self.past(0).cache is not None
+        is_gated = has_past and all(map(can_be_gated, self.candidates.values()))
+        found = self.single(
+            replace(empty, measured=measured, start=start), recall_weight=0.0 if is_gated else recall_weight
+        )
+        if is_gated:
+            revert_attention(self.model)
+            candidates = list(self.candidates.values())
+            found = choose_together(self.model, self.units, candidates, found, self.asked, len(self.probes), rounds)
+        else:
+            names = [name for name in self.candidates if name != DENSE]
+            known = ratios(map(found.sum_of, names), [found.total(name) - start for name in names])
+            found = replace(found, ratios=known).for_budget(found.budget)
+        found = replace(found, measured=measured | {PLAN: self.losses(self.choice(found), PLAN)})
+        logger.info("predicted %.5f, measured %.5f", found.predicted, found.total(PLAN))
+        return found
 
     def everywhere(self, name: str) -> Choice:
         return dict.fromkeys(self.units, self.candidates[name])
@@ -191,39 +194,34 @@ class _Search:
             self._pasts[number] = read(self.model, self.probes[number], self._take_over)
         return self._pasts[number]
 
-    def around(self, base: Choice, empty: Plan, name: str) -> Plan:
-        """Return a plan with the costs of single changes of `base`."""
-        firsts = list({unit.layer: unit for unit in reversed(self.units)}.values()) if base == self.dense else []
+    def single(self, empty: Plan, recall_weight: float) -> Plan:
+        """Return a plan with the costs of single changes of the dense model."""
+        firsts = list({unit.layer: unit for unit in reversed(self.units)}.values())
         every_key = Candidate("every key", SparseConfig(pattern="sliding_window", window=empty.context_length))
-        unchanged, controls = (self.units[0], base[self.units[0]]), [(unit, every_key) for unit in firsts]
-        pairs = [(u, c) for u in self.units for c in self.candidates.values() if c != base[u]]
-        losses = self._changes(base, [unchanged, *controls, *pairs], name)
+        unchanged, controls = (self.units[0], self.candidates[DENSE]), [(unit, every_key) for unit in firsts]
+        pairs = [(unit, c) for unit in self.units for c in self.candidates.values() if c.name != DENSE]
+        losses = self._changes([unchanged, *controls, *pairs])
         start = losses[unchanged]
-        if controls:
-            self._chance = Chance.of(start, {pair[0]: losses[pair] for pair in controls})
-        chance = self._chance if controls else self._chance._replace(divergences={})
+        chance = Chance.of(start, {pair[0]: losses[pair] for pair in controls})
         layers = []
         for unit, row in zip(self.units, empty.layers, strict=True):
             found = {c.name: losses.get((unit, c), start) for c in self.candidates.values()}
-            costs = {each: chance.cost(unit.layer, x, start, empty.recall_weight) for each, x in found.items()}
+            costs = {each: chance.cost(unit.layer, x, start, recall_weight) for each, x in found.items()}
             # That a few answers are likelier if a layer forgets is chance, too, and would add up to much.
-            least = min(costs[DENSE], 0.0)
-            costs = {each: max(cost, least) for each, cost in costs.items()}
-            layers.append(replace(row, choice=base[unit].name, costs=costs))
+            layers.append(replace(row, costs={each: max(cost, 0.0) for each, cost in costs.items()}))
         return replace(empty, layers=tuple(layers))
 
-    def _changes(
-        self, base: Choice, pairs: list[tuple[Unit, Candidate]], name: str
-    ) -> dict[tuple[Unit, Candidate], Loss]:
-        """Return the mean losses of single changes of `base` on the ends of the calibration texts."""
-        before = _short(base)
-        keys = {(unit, c): f"{unit} {c.name}, else {before}" for unit, c in pairs}
-        with tqdm(total=len(pairs) * len(self.probes), desc=name, unit="change") as bar:
+    def _changes(self, pairs: list[tuple[Unit, Candidate]]) -> dict[tuple[Unit, Candidate], Loss]:
+        """Return the mean losses of single changes of the dense model on the ends of the calibration texts."""
+        keys = {(unit, c): f"{unit} {c.name}" for unit, c in pairs}
+        with tqdm(total=len(pairs) * len(self.probes), desc="single changes", unit="change") as bar:
             for number, probe in enumerate(self.probes):
                 missing = [pair for pair in pairs if f"end {number}, {keys[pair]}" not in self.journal]
                 bar.update(len(pairs) - len(missing))
                 if missing:
-                    for unit, candidate, loss in single_changes(self.model, probe, self.past(number), base, missing):
+                    for unit, candidate, loss in single_changes(
+                        self.model, probe, self.past(number), self.dense, missing
+                    ):
                         self.journal.add(f"end {number}, {keys[unit, candidate]}", loss)
                         bar.update()
         numbers = range(len(self.probes))

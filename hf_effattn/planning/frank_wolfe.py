@@ -1,0 +1,65 @@
+"""The choice under a limit where a part of what is lost does not add up, but has a gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import one_hot
+from tqdm.auto import tqdm
+
+from ..plans.knapsack import choose
+
+
+class Found(NamedTuple):
+    """A choice.
+
+    Args:
+        choice: Index of a candidate of each unit.
+        gradient: Of the loss, `[units, candidates]`, the mean over the way to the choice.
+    """
+
+    choice: tuple[int, ...]
+    gradient: torch.Tensor
+
+
+def frank_wolfe(
+    costs: torch.Tensor,
+    prices: torch.Tensor,
+    limit: float,
+    start: torch.Tensor,
+    loss: Callable[[torch.Tensor], float],
+    gradient: Callable[[torch.Tensor], torch.Tensor],
+    rounds: int,
+) -> Found:
+    """Make `Σ costs + loss` small among choices whose prices keep the limit, as Frank and Wolfe (1956) do.
+
+    Gates g between choices go, in round k = 0, 1, …, a part 2/(k + 3) of the way to the choice s that is best if the
+    loss were as steep everywhere as it is at g, which a knapsack finds. Units that stand in for each other each seem to
+    cost nothing while the other is there; between choices they are judged with the others half gone.
+
+    Args:
+        costs: What adds up, `[units, candidates]`.
+        prices: Likewise.
+        start: The gates at first.
+        loss: Of gates.
+        gradient: Of the loss in the gates.
+        rounds: How many choices are looked at.
+
+    Returns:
+        The best of them.
+    """
+    gates, mean, totals = start, torch.zeros_like(start), {}
+    with tqdm(range(rounds), desc="choosing", unit="round") as bar:
+        for number in bar:
+            slope, part = gradient(gates), 2 / (number + 3)
+            mean = (1 - part) * mean + part * slope
+            found = choose((costs + slope).tolist(), prices.tolist(), limit)
+            assert found is not None, "a limit that cannot be kept is told before"
+            chosen = one_hot(torch.tensor(found), costs.shape[1]).to(start.dtype)
+            if tuple(found) not in totals:
+                totals[tuple(found)] = float((costs * chosen).sum()) + loss(chosen)
+            bar.set_postfix(lost=f"{min(totals.values()):.4f}")
+            gates = gates + part * (chosen - gates)
+    return Found(min(totals, key=totals.__getitem__), mean)

@@ -1,0 +1,52 @@
+"""What a model between several choices still finds of what was hidden far before, and where more would help."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .gates import Gates
+from .measure import Past, read
+from .probes import Probe
+
+
+class Recall:
+    """Answers to questions behind texts that the dense model has read.
+
+    Args:
+        model: A dense model.
+        probes: Texts with answers.
+    """
+
+    def __init__(self, model: PreTrainedModel, probes: Sequence[Probe]) -> None:
+        self.model, self.probes = model, probes
+        self.pasts: list[Past] = [read(model, probe) for probe in tqdm(probes, desc="recall", unit="text")]
+
+    def losses(self, gates: Gates, values: torch.Tensor) -> torch.Tensor:
+        """Return the nats that an answer's token loses in each text, where layers attend as `values` say."""
+        with torch.no_grad():
+            gates.set(values)
+            return torch.stack([self._loss(index) for index in range(len(self.probes))]).cpu()
+
+    def gradient(self, gates: Gates, values: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of the mean loss in the gates."""
+        total = torch.zeros_like(values)
+        for index in range(len(self.probes)):
+            leaf = values.to(self.model.device).requires_grad_()
+            with torch.enable_grad():
+                gates.set(leaf)
+                (found,) = torch.autograd.grad(self._loss(index), leaf)
+            total += found.cpu() / len(self.probes)
+        return total
+
+    def _loss(self, index: int) -> torch.Tensor:
+        probe, past = self.probes[index], self.pasts[index]
+        end, ids = probe.since(probe.start), probe.ids[None, probe.start : -1].to(self.model.device)
+        logits = self.model(ids, past_key_values=copy.deepcopy(past.cache)).logits[0]
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return cross_entropy(logits[end.is_answer].to(wide), end.ids[1:][end.is_answer].to(logits.device))

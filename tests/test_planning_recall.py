@@ -1,0 +1,165 @@
+"""Planning with recall: what lies between choices, its gradient, and the choice of all layers together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from small import PROSE, small_model, small_tokenizer
+from test_families import every_family, model_of
+from torch.nn.functional import one_hot
+
+from hf_effattn import LinearConfig, SparseConfig
+from hf_effattn.architectures import head_counts
+from hf_effattn.evaluation.haystack import ADJECTIVES, NOUNS
+from hf_effattn.planning.candidates import Candidate, read_candidates
+from hf_effattn.planning.frank_wolfe import frank_wolfe
+from hf_effattn.planning.gates import can_be_gated, gated
+from hf_effattn.planning.measure import assign, end_logits, read
+from hf_effattn.planning.probes import ASKED, NEEDLE, NOISE, QUESTION, SAID, THINGS, Probe, make_asked, make_probes
+from hf_effattn.planning.recall import Recall
+from hf_effattn.plans import choose
+from hf_effattn.plans.heads import Unit
+from hf_effattn.targets import choose_layers, find_targets
+
+WORDS = (*ADJECTIVES, *NOUNS, *THINGS.values(), NEEDLE, QUESTION)
+TOKENIZER = small_tokenizer(PROSE + NOISE + SAID + ASKED + " ".join(WORDS))
+DENSE = Candidate("dense", None)
+SHORT, LONG = (Candidate(f"w{n}", SparseConfig(window=n, num_sinks=1)) for n in (3, 11))
+LINEAR = Candidate("linear", LinearConfig(window=4))
+LENGTH, START = 41, 23
+
+
+def probe(length: int = LENGTH, start: int = START, vocabulary: int = 90) -> Probe:
+    ids = torch.randint(3, vocabulary, (length,), generator=torch.Generator().manual_seed(0))
+    marks = torch.arange(length - 1)
+    return Probe(ids, torch.zeros(length - 1).bool(), marks >= start + 3, start)
+
+
+def drawn(units: int, candidates: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(candidates, (units,), generator=torch.Generator().manual_seed(seed))
+
+
+def units_of(model: Any, by_head: bool) -> list[Unit]:
+    targets = find_targets(model)
+    layers = choose_layers(targets, None, None)
+    if not by_head:
+        return [Unit(index) for index in layers]
+    return [Unit(i, head) for i in layers for head in range(head_counts(targets.modules[i], model.config)[1])]
+
+
+def check_gates(model: Any, candidates: list[Candidate], by_head: bool) -> None:
+    """Gates of 0 and 1 are the choice that they stand for."""
+    units, own = units_of(model, by_head), probe()
+    past = read(model, own)
+    chosen = drawn(len(units), len(candidates))
+    assign(model, {unit: candidates[index] for unit, index in zip(units, chosen.tolist(), strict=True)})
+    expected = end_logits(model, own, past)
+    assign(model, {})
+    recall = Recall(model, [own])
+    with gated(model, units, candidates, LENGTH) as gates:
+        loss = recall.losses(gates, one_hot(chosen, len(candidates)).float())
+        found = end_logits(model, own, past)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    answers = own.since(own.start)
+    nats = -expected.log_softmax(dim=-1).gather(1, answers.ids[1:, None])[:, 0][answers.is_answer]
+    assert float(loss) == pytest.approx(float(nats.mean()), abs=1e-5)
+    assert not hasattr(model.config, "effattn")
+
+
+@every_family
+def test_closed_and_open_gates_are_a_choice(variant: str) -> None:
+    model = model_of(variant, None)
+    if read(model, probe()).cache is None:
+        pytest.skip("what this family caches is not what its layers attend to: its plans have no gates")
+    check_gates(model, [DENSE, SHORT, LONG], by_head=False)
+
+
+@pytest.mark.parametrize("candidates", [[DENSE, SHORT, LONG], [LONG, DENSE], [DENSE, LINEAR, SHORT]])
+@pytest.mark.parametrize("by_head", [False, True])
+def test_gates_are_of_layers_or_heads_and_of_all_candidates(candidates: list[Candidate], by_head: bool) -> None:
+    if by_head and LINEAR in candidates:
+        pytest.skip("heads have windows")
+    check_gates(small_model(TOKENIZER, num_hidden_layers=3), candidates, by_head)
+
+
+def test_the_gradient_is_what_recall_loses_with_small_changes() -> None:
+    model = small_model(TOKENIZER, num_hidden_layers=3).double()
+    units, candidates = units_of(model, True), [DENSE, SHORT, LONG]
+    recall = Recall(model, [probe(), probe(35, 20)])
+    values = torch.rand(len(units), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    way = torch.randn(len(units), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    with gated(model, units, candidates, LENGTH) as gates:
+        gradient = recall.gradient(gates, values)
+        ahead, behind = (recall.losses(gates, values + step * way).mean() for step in (1e-3, -1e-3))
+    assert float((gradient * way).sum()) == pytest.approx(float(ahead - behind) / 2e-3, rel=1e-3, abs=1e-7)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_of_units_that_stand_in_for_each_other_one_is_kept() -> None:
+    """Unit 0 and 1 each do what the other does: losing one costs nothing, losing both costs 1."""
+    costs = torch.tensor([[0.0, 0.01], [0.0, 0.012], [0.0, 0.02], [0.0, 0.05]], dtype=torch.float64)
+    prices = torch.tensor([[1.0, 0.0]] * 4, dtype=torch.float64)
+    alone = choose(costs.tolist(), prices.tolist(), 2.0)
+    assert alone == [1, 1, 0, 0]
+
+    def loss(gates: torch.Tensor) -> torch.Tensor:
+        return gates[0, 1] * gates[1, 1]
+
+    def gradient(gates: torch.Tensor) -> torch.Tensor:
+        leaf = gates.clone().requires_grad_()
+        return torch.autograd.grad(loss(leaf), leaf)[0]
+
+    start = one_hot(torch.zeros(4, dtype=torch.long), 2).double()
+    assert not gradient(start).any(), "where all is dense neither seems to matter"
+    found = frank_wolfe(costs, prices, 2.0, start, lambda x: float(loss(x)), gradient, 10)
+    assert sorted(found.choice[:2]) == [0, 1]
+    assert found.choice[2:] == (1, 0)
+    assert found.gradient[:2, 1].min() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("dense", True),
+        ("sparse:window=8,num_sinks=2", True),
+        ("sparse:pattern=strided,stride=8", True),
+        ("linear", True),
+        ("linear:window=0,recurrence=retnet", True),
+        ("linear:recurrence=gla", False),
+        ("linear:window=0,feature_map=cosformer", False),
+        ("sparse:selector=quest", False),
+        ("sparse:window=8,position_mode=rolling", False),
+    ],
+)
+def test_what_reads_more_than_queries_and_keys_has_no_gates(name: str, expected: bool) -> None:
+    found = {candidate.name: candidate for candidate in read_candidates([name, "sparse:window=3"])}
+    assert can_be_gated(found[name]) is expected
+
+
+@pytest.mark.parametrize("length", [300, 640])
+def test_one_thing_is_hidden_in_each_text_and_asked_for(length: int) -> None:
+    found = make_asked(TOKENIZER, length, 3)
+    assert len(found) == len(THINGS)
+    for (depth, thing), own in zip(THINGS.items(), found, strict=True):
+        assert len(own.ids) == length + 1
+        assert not own.is_text.any()
+        assert int(own.is_answer.nonzero().min()) >= own.start > length // 2
+        answer = TOKENIZER.decode(own.ids[1:][own.is_answer]).strip()
+        whole = TOKENIZER.decode(own.ids)
+        assert whole.count(answer) == 3  # said twice, and the answer
+        assert len(answer) == 5
+        assert thing in whole
+        assert depth - 0.1 < whole.index(answer) / len(whole) < depth + 0.15
+    assert make_asked(TOKENIZER, length, 4)[0].ids.tolist() != found[0].ids.tolist()
+
+
+def test_the_questions_of_a_text_come_after_it() -> None:
+    (own,) = make_probes([PROSE * 8], TOKENIZER, 640, 1, 7)
+    asked = own.questions
+    assert not asked.is_text.any()
+    assert torch.equal(asked.is_answer, own.is_answer)
+    assert int(own.is_text.nonzero().max()) < asked.start <= int(own.is_answer.nonzero().min())
+    assert "What is the secret number" in TOKENIZER.decode(asked.ids[asked.start :])
+    assert PROSE[:40] not in TOKENIZER.decode(asked.ids[asked.start :])
