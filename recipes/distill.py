@@ -123,8 +123,9 @@ class Distillation:
             self.run.log(stage="validation", step=step, kl=kl, loss=loss, teacher_loss=teacher)
 
     def save(self) -> None:
-        writes = self.accelerator.is_main_process
-        recovery.save_adapter(self.student, self.run.folder / "adapter", self.config.model, is_main_process=writes)
+        writes, kind = self.accelerator.is_main_process, self.config.adapter_dtype
+        dtype = None if kind is None else getattr(torch, kind)
+        recovery.save_adapter(self.student, self.run.folder / "adapter", self.config.model, writes, dtype)
 
     def stages(self) -> Iterator[Stage]:
         """Yield the stages that are not done, each made when those before it are."""

@@ -13,6 +13,7 @@ import models
 import yaml
 
 Config = TypeVar("Config")
+ADAPTER_DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class DistillConfig(RecipeConfig):
     documents: a file or folder (null: what Python has); streaming: read a .jsonl file as needed
     lengths: tokens of a window, each for as many steps of distillation as the others; transfer has the first
     batch_size: windows of a step, in all processes; micro_batch_size: windows that one computes at a time
-    calibration: windows to set the biases on; transfer_steps, transfer_lr: attention transfer,
+    calibration: windows of text to calibrate on; transfer_steps, transfer_lr: attention transfer,
     with a softmax window of transfer_window, 0 for the linear part alone (null: that of the options)
     distill_steps, lora_lr, effattn_lr, temperature, reverse_weight: distillation, by forward KL + weight × reverse KL
     cached_logits: largest logits of the teacher to keep in out/teacher, which reads each window once (null: all, never)
@@ -58,7 +59,8 @@ class DistillConfig(RecipeConfig):
     window_dropout, windows: how often the softmax window is narrowed, and to what
     warmup: part of the steps; max_norm: of gradients; bf16; gradient_checkpointing; seed
     validate_every, held_out: steps, and windows that are never trained on
-    out; save_every: steps; resume: go on from the newest checkpoint in out; trackers: such as [tensorboard]
+    out; save_every: steps; adapter_dtype: of the adapter's files, such as bfloat16 (null: as trained)
+    resume: go on from the newest checkpoint in out; trackers: such as [tensorboard]
     """
 
     mechanism: str = "linear"
@@ -75,9 +77,12 @@ class DistillConfig(RecipeConfig):
     reverse_weight: float = 0.0
     window_dropout: float = 0.5
     windows: list[int] = field(default_factory=lambda: [0, 1, 8, 16])
+    adapter_dtype: str | None = None
     out: str = "recover_output"
 
     def __post_init__(self) -> None:
+        if self.adapter_dtype not in (None, *ADAPTER_DTYPES):
+            raise ValueError(f"adapter_dtype={self.adapter_dtype!r}; valid: {', '.join(ADAPTER_DTYPES)} or null")
         if self.cached_logits is not None and self.reverse_weight:
             raise ValueError(
                 f"reverse_weight={self.reverse_weight} takes all logits, cached_logits={self.cached_logits} keeps the "

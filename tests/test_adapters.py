@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hf_effattn.recovery.adapters import load_adapter, merge_adapter, push_adapter, save_adapter
+from hf_effattn.recovery import load_adapter, merge_adapter, push_adapter, save_adapter
 
 IDS = tokens(2, 30)
 TARGETS = {"llama-gqa": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
@@ -126,6 +126,22 @@ def test_lora_comes_back_and_remains_one_of_pefts(model: str, case: Case, maps: 
 
 def learned(net: nn.Module) -> list[torch.Tensor]:
     return [x for name, x in net.state_dict().items() if ".effattn." in name]
+
+
+@on_two_models
+def test_half_precision_in_the_files(model: str, tmp_path: Path) -> None:
+    net = tuned(mixed(model), model, None)
+    save_adapter(net, tmp_path / "full")
+    save_adapter(net, tmp_path / "half", dtype=torch.bfloat16)
+    assert size(tmp_path / "half") * 2 == size(tmp_path / "full")
+    for name, x in net.named_parameters():
+        if "lora_" in name or ".effattn." in name:
+            x.data = x.data.bfloat16().to(x.dtype)
+    loaded = load_adapter(tiny_model(model), tmp_path / "half")
+    assert torch.allclose(logits(loaded), logits(net), atol=1e-2)
+    assert all(torch.equal(x, y) for x, y in zip(learned(loaded), learned(net), strict=True))
+    with pytest.raises(TypeError, match=r"dtype must be a floating-point type or None; got torch\.int8"):
+        save_adapter(net, tmp_path, dtype=torch.int8)
 
 
 @with_or_without_maps

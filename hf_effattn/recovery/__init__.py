@@ -1,6 +1,7 @@
 """Recovery: a converted model learns from the dense model it was, and what it learned is kept by itself."""
 
-from .adapters import load_adapter, merge_adapter, push_adapter, save_adapter
+from .adapter_names import push_adapter
+from .adapters import load_adapter, merge_adapter, save_adapter
 from .calibration import calibrate
 from .guard import Diverged, Guard
 from .kept_logits import KeptLogits

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 
-from .adapter_files import DESCRIPTION, FILES
+from .adapter_files import DESCRIPTION, FILES, read
 
 SHIPPED = Path(__file__).parents[2] / "recipes" / "results" / "adapters"  # in a clone; a wheel has none
 
@@ -36,6 +37,21 @@ def shipped() -> dict[str, Path]:
     """Return the folders of the adapters that ship with the project, by name (`<model>/<name>`)."""
     folders = sorted(path.parent for path in SHIPPED.glob(f"*/*/{DESCRIPTION}"))
     return {folder.relative_to(SHIPPED).as_posix(): folder for folder in folders}
+
+
+def push_adapter(folder: str | Path, repo_id: str) -> Any:
+    """Upload what `save_adapter` wrote to a repository on the Hub, which is made if needed.
+
+    Returns:
+        What `huggingface_hub.upload_folder` returns.
+
+    Raises:
+        FileNotFoundError: for a missing file.
+        ValueError: for files that `load_adapter` would refuse for every model.
+    """
+    read(Path(folder)).check_whole()
+    huggingface_hub.create_repo(repo_id, exist_ok=True)
+    return huggingface_hub.upload_folder(repo_id=repo_id, folder_path=str(folder), allow_patterns=list(FILES))
 
 
 def _what_ships() -> str:

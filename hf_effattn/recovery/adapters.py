@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,13 +20,17 @@ from ..attention import HeadGeometry
 from ..convert import build_converted, revert_attention
 from ..integration.checkpoints import TYPE_PREFIX
 from ..targets import Targets, choose_layers, find_targets, refuse_offloaded
-from .adapter_files import FILES, PEFT_PREFIX, PEFT_WEIGHTS, WEIGHTS, Saved, Tensors, read, write
+from .adapter_files import PEFT_PREFIX, PEFT_WEIGHTS, WEIGHTS, Saved, Tensors, read, write
 from .adapter_names import local
 from .sharding import whole
 
 
 def save_adapter(
-    model: PreTrainedModel | PeftModel, folder: str | Path, base: str | None = None, is_main_process: bool = True
+    model: PreTrainedModel | PeftModel,
+    folder: str | Path,
+    base: str | None = None,
+    is_main_process: bool = True,
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Save what conversion added to `model`, and the active PEFT adapter if it carries one; none of the base weights.
 
@@ -38,21 +41,24 @@ def save_adapter(
         folder: Made if needed; other files in it stay.
         base: Name of the base model; None for the one it was loaded from.
         is_main_process: Whether to write. Where FSDP2 has shared out the weights, all processes must call this.
+        dtype: Of floating-point parameters in the files, such as torch.bfloat16 for half of the size; None for theirs.
 
     Raises:
-        TypeError: if `model` is no transformers model.
+        TypeError: if `model` is no transformers model, or `dtype` no floating-point type.
         ValueError: if no layer is converted, or its adapter cannot be saved: several are active, or it changes
             parameters of mechanisms otherwise than by `modules_to_save`.
     """
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel):
         raise TypeError(f"save_adapter takes a converted transformers model or PeftModel; got {type(inner).__name__}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating-point type or None; got {dtype}")
     targets = find_targets(inner)
     if not any(hasattr(module, "effattn") for module in targets.modules.values()):
         raise ValueError("no layer of the model is converted, so there is nothing to save; see convert_attention")
     base = base or inner.config.name_or_path or None
     config, peft = _peft_parts(model, base)
-    own, peft = ({key: whole(x) for key, x in found.items()} for found in (_own_parameters(inner, peft), peft))
+    own, peft = (_gathered(found, dtype) for found in (_own_parameters(inner, peft), peft))
     if is_main_process:
         write(Path(folder), _describe(inner, targets, base), own, peft, config)
 
@@ -118,21 +124,6 @@ def merge_adapter(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
     return model
 
 
-def push_adapter(folder: str | Path, repo_id: str) -> Any:
-    """Upload what `save_adapter` wrote to a repository on the Hub, which is made if needed.
-
-    Returns:
-        What `huggingface_hub.upload_folder` returns.
-
-    Raises:
-        FileNotFoundError: for a missing file.
-        ValueError: for files that `load_adapter` would refuse for every model.
-    """
-    read(Path(folder)).check_whole()
-    huggingface_hub.create_repo(repo_id, exist_ok=True)
-    return huggingface_hub.upload_folder(repo_id=repo_id, folder_path=str(folder), allow_patterns=list(FILES))
-
-
 def _tuner_layers(model: nn.Module) -> list[BaseTunerLayer]:
     return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
 
@@ -171,6 +162,12 @@ def _own_parameters(model: PreTrainedModel, peft: Tensors) -> Tensors:
         if ".effattn.modules_to_save." not in key and PEFT_PREFIX + name not in peft:
             found[name] = value
     return found
+
+
+def _gathered(tensors: Tensors, dtype: torch.dtype | None) -> Tensors:
+    """Return whole tensors, floating-point ones as `dtype` if it is given."""
+    found = {key: whole(x) for key, x in tensors.items()}
+    return {key: x.to(dtype) if dtype is not None and x.is_floating_point() else x for key, x in found.items()}
 
 
 def _learned(model: PreTrainedModel) -> Tensors:
