@@ -113,7 +113,7 @@ def test_of_units_that_stand_in_for_each_other_one_is_kept() -> None:
 
     start = one_hot(torch.zeros(4, dtype=torch.long), 2).double()
     assert not gradient(start).any(), "where all is dense neither seems to matter"
-    found = frank_wolfe(costs, prices, 2.0, start, lambda x: float(loss(x)), gradient, 10)
+    found = frank_wolfe(costs, prices, 2.0, start, lambda x: float((costs * x).sum() + loss(x)), gradient, 10)
     assert sorted(found.choice[:2]) == [0, 1]
     assert found.choice[2:] == (1, 0)
     assert found.gradient[:2, 1].min() > 0

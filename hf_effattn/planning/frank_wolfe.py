@@ -17,7 +17,7 @@ class Found(NamedTuple):
 
     Args:
         choice: Index of a candidate of each unit.
-        gradient: Of the loss, `[units, candidates]`, the mean over the way to the choice.
+        gradient: Of what does not add up, `[units, candidates]`, the mean over the way.
     """
 
     choice: tuple[int, ...]
@@ -33,18 +33,18 @@ def frank_wolfe(
     gradient: Callable[[torch.Tensor], torch.Tensor],
     rounds: int,
 ) -> Found:
-    """Make `Σ costs + loss` small among choices whose prices keep the limit, as Frank and Wolfe (1956) do.
+    """Make a loss small among choices whose prices keep the limit, as Frank and Wolfe (1956) do.
 
     Gates g between choices go, in round k = 0, 1, …, a part 2/(k + 3) of the way to the choice s that is best if the
     loss were as steep everywhere as it is at g, which a knapsack finds. Units that stand in for each other each seem to
     cost nothing while the other is there; between choices they are judged with the others half gone.
 
     Args:
-        costs: What adds up, `[units, candidates]`.
+        costs: What adds up of the loss, `[units, candidates]`.
         prices: Likewise.
         start: The gates at first.
-        loss: Of gates.
-        gradient: Of the loss in the gates.
+        loss: Of a choice, as gates of 0 and 1.
+        gradient: Of all that does not add up of the loss, in gates.
         rounds: How many choices are looked at.
 
     Returns:
@@ -59,7 +59,7 @@ def frank_wolfe(
             assert found is not None, "a limit that cannot be kept is told before"
             chosen = one_hot(torch.tensor(found), costs.shape[1]).to(start.dtype)
             if tuple(found) not in totals:
-                totals[tuple(found)] = float((costs * chosen).sum()) + loss(chosen)
+                totals[tuple(found)] = loss(chosen)
             bar.set_postfix(lost=f"{min(totals.values()):.4f}")
             gates = gates + part * (chosen - gates)
     return Found(min(totals, key=totals.__getitem__), mean)

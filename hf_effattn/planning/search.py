@@ -155,7 +155,8 @@ class _Search:
         if is_gated:
             revert_attention(self.model)
             candidates = list(self.candidates.values())
-            found = choose_together(self.model, self.units, candidates, found, self.asked, len(self.probes), rounds)
+            texts = [(probe, self.past(number)) for number, probe in enumerate(self.probes)]
+            found = choose_together(self.model, self.units, candidates, found, texts, self.asked, rounds)
         else:
             names = [name for name in self.candidates if name != DENSE]
             known = ratios(map(found.sum_of, names), [found.total(name) - start for name in names])
