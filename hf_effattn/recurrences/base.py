@@ -100,6 +100,17 @@ class Recurrence(nn.Module):
         """Return keys without what stands behind them for the gates."""
         return key[..., : key.shape[-1] - self.num_gates] if self.num_gates else key
 
+    def start_for(self, rate: torch.Tensor) -> torch.Tensor:
+        """Return the `start` of recurrences that have this parameter with which `log α = −rate` where the layer's input
+        adds nothing, for rates `[G]`."""
+        raise NotImplementedError
+
+    def start_decay(self) -> torch.Tensor:
+        """Return this α of each key/value head `[G]`, the mean over its features."""
+        gates = next(self.parameters()).new_zeros(1, self.shape.num_kv_heads, 1, self.shape.head_dim + self.num_gates)
+        log_decay = self(gates).log_decay
+        return log_decay.exp().mean(dim=(0, 2, 3))
+
     def output(self, numerator: torch.Tensor) -> torch.Tensor:
         """Return the output of a delta rule, from `S_tᵀ φ(q_t)` `[·, G, R·C, V]`."""
         raise NotImplementedError

@@ -31,6 +31,9 @@ class GatedDelta(Delta):
         rate, start = (x.to(read.dtype)[None, :, None, None] for x in (self.rate, self.start))
         return -rate.exp() * functional.softplus(read[..., 1:] + start)
 
+    def start_for(self, rate: torch.Tensor) -> torch.Tensor:
+        return (rate / self.rate.exp()).expm1().log()
+
     def reset_parameters(self) -> None:
         super().reset_parameters()
         nn.init.zeros_(self.rate)

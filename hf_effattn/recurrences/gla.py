@@ -39,6 +39,9 @@ class GLA(Recurrence):
         raised = torch.matmul(read, self.up.to(read.dtype).transpose(1, 2))
         return functional.logsigmoid(raised + self.start.to(read.dtype)) / 16
 
+    def start_for(self, rate: torch.Tensor) -> torch.Tensor:
+        return -(16 * rate).expm1().log()[:, None, None].expand_as(self.start)
+
     @property
     def flops_per_token(self) -> int:
         shape = self.shape
