@@ -16,7 +16,8 @@ from hf_effattn.evaluation.haystack import ADJECTIVES, NOUNS
 from hf_effattn.planning.candidates import Candidate, read_candidates
 from hf_effattn.planning.frank_wolfe import frank_wolfe
 from hf_effattn.planning.gates import can_be_gated, gated
-from hf_effattn.planning.measure import assign, end_logits, read
+from hf_effattn.planning.measure import assign, end_logits, logits_of, loss_of, read
+from hf_effattn.planning.parts import divergence, parts
 from hf_effattn.planning.probes import ASKED, NEEDLE, NOISE, QUESTION, SAID, THINGS, Probe, make_asked, make_probes
 from hf_effattn.planning.recall import Recall
 from hf_effattn.plans import choose
@@ -163,3 +164,21 @@ def test_the_questions_of_a_text_come_after_it() -> None:
     assert int(own.is_text.nonzero().max()) < asked.start <= int(own.is_answer.nonzero().min())
     assert "What is the secret number" in TOKENIZER.decode(asked.ids[asked.start :])
     assert PROSE[:40] not in TOKENIZER.decode(asked.ids[asked.start :])
+
+
+def test_parts_of_a_text_are_compared_with_what_the_dense_model_made_of_them() -> None:
+    model = small_model(TOKENIZER, num_hidden_layers=3)
+    (own,) = make_probes([PROSE * 8], TOKENIZER, 640, 1, 7, measured=100)
+    past = read(model, own)
+    found = parts(own, past)
+    assert [begin for _, begin in found] == [own.start * n // 16 for n in range(1, 16, 2)]
+    for part, begin in found:
+        assert torch.equal(part.ids, own.ids[begin : begin + len(part.ids)])
+        assert part.is_text.any()
+        assert not part.is_answer.any()
+    assert divergence(model, [(own, past)]) < 1e-6
+    assign(model, {Unit(1): SHORT, Unit(2): LONG})
+    whole = loss_of(logits_of(model, own), own, past.logits).divergence
+    assert divergence(model, [(own, past)]) == pytest.approx(whole, rel=0.3)
+    past.cache.layers[0].__class__ = type("Other", (type(past.cache.layers[0]),), {})
+    assert [begin for _, begin in parts(own, past)] == [own.start]

@@ -11,51 +11,14 @@ from transformers import PreTrainedModel
 
 from ..plans import DENSE, Plan
 from ..plans.heads import Unit
-from ..plans.scale import ratio_at, ratios
+from ..plans.scale import ratios
 from .candidates import Candidate
 from .frank_wolfe import frank_wolfe
-from .gates import Gates, gated
-from .measure import Past, end_logits, loss_of
+from .gates import gated
+from .measure import Past
+from .parts import divergence
 from .probes import Probe
 from .recall import Recall
-
-
-class Ends:
-    """How far the ends of calibration texts, behind what the dense model read, are from what it makes of them.
-
-    Args:
-        model: Dense, with gates.
-        gates: Its gates.
-        texts: With what the dense model made of each.
-        dense: Gates with which all is dense: in 16 bits even these move predictions, by rounding.
-        known: Of candidates in all layers, gates and what was measured of them on whole texts.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        gates: Gates,
-        texts: Sequence[tuple[Probe, Past]],
-        dense: torch.Tensor,
-        known: Sequence[tuple[torch.Tensor, float]],
-    ) -> None:
-        self.model, self.gates, self.texts, self.chance = model, gates, texts, 0.0
-        self.chance = self.divergence(dense)
-        self.ratios = ratios([self.divergence(values) for values, _ in known], [whole for _, whole in known])
-
-    def divergence(self, values: torch.Tensor) -> float:
-        """Return the divergence of ends, in nats a token."""
-        self.gates.set(values)
-        found = []
-        for probe, past in self.texts:
-            dense = past.logits[probe.start - probe.first :]
-            found.append(loss_of(end_logits(self.model, probe, past), probe.since(probe.start), dense).divergence)
-        return max(sum(found) / len(found) - self.chance, 0.0)
-
-    def predicted(self, values: torch.Tensor) -> float:
-        """Return the divergence of whole texts that is to be expected."""
-        found = self.divergence(values)
-        return found * ratio_at(self.ratios, found)
 
 
 def choose_together(
@@ -83,32 +46,34 @@ def choose_together(
         torch.tensor([[getattr(row, field)[name] for name in names] for row in found.layers], dtype=torch.float64)
         for field in ("costs", "prices")
     )
-    everywhere = {
-        name: one_hot(torch.full((len(units),), index), len(names)).float() for index, name in enumerate(names)
-    }
-    changed = [name for name in names if name != DENSE]
+    dense = one_hot(torch.full((len(units),), names.index(DENSE)), len(names)).float()
     recall = Recall(model, asked)
     with gated(model, units, candidates, found.context_length) as gates:
-        known = [(everywhere[name], found.measured[name].divergence) for name in changed]
-        ends = Ends(model, gates, texts, everywhere[DENSE], known)
-        before = recall.losses(gates, everywhere[DENSE])
+        before = recall.losses(gates, dense)
+
+        def lost(values: torch.Tensor, number: int) -> float:
+            """Return what a choice loses, by the first answers."""
+            gates.set(values)
+            answers = (recall.losses(gates, values) - before)[:number]
+            return divergence(model, texts) + weight * float(answers.mean())
+
         way = frank_wolfe(
             costs,
             prices,
             found.budget.limit - found.fixed_price,
-            everywhere[DENSE],
-            lambda x: ends.predicted(x) + weight * float((recall.losses(gates, x) - before).mean()),
+            dense,
+            lambda x: lost(x, len(asked)),
             lambda x: weight * recall.gradient(gates, x),
             rounds,
         )
-        chosen = one_hot(torch.tensor(way.choice), len(names)).float()
-        answers = (recall.losses(gates, chosen) - before)[: len(texts)]  # plans tell the recall of calibration texts
-        lost = ends.predicted(chosen) + weight * float(answers.mean())
+        # Plans tell the recall of calibration texts.
+        expected = lost(one_hot(torch.tensor(way.choice), len(names)).float(), len(texts))
     costs += (way.gradient - way.gradient[:, names.index(DENSE), None]).clamp(min=0)
     layers = tuple(
         replace(row, choice=names[index], costs=dict(zip(names, own.tolist(), strict=True)))
         for row, index, own in zip(found.layers, way.choice, costs, strict=True)
     )
     new = replace(found, layers=layers)
+    changed = [name for name in names if name != DENSE]
     sums, losses = [*map(new.sum_of, changed), new.sum], [new.total(name) - new.start for name in changed]
-    return replace(new, ratios=ratios(sums, [*losses, lost]))
+    return replace(new, ratios=ratios(sums, [*losses, expected]))
