@@ -59,3 +59,32 @@ def ratios(seconds: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2)
     figure.savefig(path, dpi=120)
+
+
+def training(log: list[dict[str, Any]], path: Path) -> None:
+    """Plot the losses of training steps, and the divergence from the teacher on windows that are held out.
+
+    Args:
+        log: What `runs.Run` logged: of steps "stage", "step", "loss" and "window", of validations "step" and "kl".
+        path: Where the PNG goes.
+    """
+    figure = new_figure(figsize=(10, 4))
+    axes = figure.subplots(1, 2)
+    for axis, stage in zip(axes, ("transfer", "distill"), strict=True):
+        for label, narrow in (("a step", False), ("its window narrowed", True)):
+            rows = [row for row in log if row["stage"] == stage and _narrowed(row) == narrow]
+            if rows:
+                axis.plot([x["step"] for x in rows], [x["loss"] for x in rows], ".", markersize=3, label=label)
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    held_out = [row for row in log if row["stage"] == "validation"]
+    axes[1].plot([x["step"] for x in held_out], [x["kl"] for x in held_out], "k-o", label="held out")
+    axes[1].set_yscale("log")
+    axes[0].set_ylabel("attention transfer: relative error, sum of layers")
+    axes[1].set_ylabel("distillation: KL [nats/token]")
+    axes[1].legend()
+    figure.savefig(path, dpi=120)
+
+
+def _narrowed(row: dict[str, Any]) -> bool:
+    return row["stage"] == "distill" and row["window"] is not None

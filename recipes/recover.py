@@ -18,6 +18,7 @@ import distill
 import models
 import torch
 from data import Cutter, open_data
+from plots import training
 from rich.console import Console
 from rich.markdown import Markdown
 from settings import DistillConfig, read_config
@@ -96,8 +97,10 @@ def main() -> None:
     (adapter.parent / "perplexity.json").write_text(json.dumps(results, indent=1) + "\n")
     text = report(results, options.length)
     (adapter.parent / "report.md").write_text(text)
+    log = (adapter.parent / "log.jsonl").read_text().splitlines()
+    training([json.loads(line) for line in log], adapter.parent / "curve.png")
     console.print(Markdown(text))
-    console.print(f"written: {adapter}, {adapter.parent / 'report.md'}, log.jsonl")
+    console.print(f"written: {adapter}, {adapter.parent / 'report.md'}, curve.png, log.jsonl")
 
 
 if __name__ == "__main__":

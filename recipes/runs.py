@@ -17,7 +17,8 @@ from torch import nn
 
 from hf_effattn.recovery.sharding import shared_as, whole
 
-FREE = ("out", "resume", "save_every", "validate_every", "trackers")  # what may change between a run and its resume
+# What may change between a run and its resume:
+FREE = ("out", "resume", "save_every", "validate_every", "trackers", "adapter_dtype")
 TRAINED, OPTIMIZER = "trained.safetensors", "optimizer.pt"
 TEACHER = "teacher"  # what is kept of its logits
 WHOLE = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)  # weights in each process

@@ -402,3 +402,17 @@ def test_the_report_compares_the_recovered_model_with_its_parts(recipes: Any, tm
     text = recover.report(results, 32)
     assert "| dense |" in text
     assert "left of the window's gap" in text
+    log = [json.loads(line) for line in (adapter.parent / "log.jsonl").read_text().splitlines()]
+    recipes("plots").training(log, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("kind", ["bfloat16", None])
+def test_the_adapter_has_the_type_that_was_asked_for(recipes: Any, tmp_path: Path, kind: str | None) -> None:
+    settings = recipes("settings")
+    config = settings.DistillConfig(**{**SMALL, "out": str(tmp_path), "distill_steps": 1, "adapter_dtype": kind})
+    adapter = recipes("distill").run(config, load)
+    found = {x.dtype for path in adapter.glob("*.safetensors") for x in load_file(path).values()}
+    assert found == {torch.float32 if kind is None else torch.bfloat16}
+    with pytest.raises(ValueError, match="adapter_dtype='int8'; valid: float32, bfloat16, float16 or null"):
+        settings.DistillConfig(adapter_dtype="int8")
