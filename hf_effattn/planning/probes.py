@@ -15,7 +15,16 @@ from ..evaluation.haystack import keys, numbers
 from ..evaluation.material import first_tokens
 
 DEPTHS = (0.05, 0.25, 0.45, 0.65)  # of the needles: far enough from the end that windows do not reach them
-THINGS = {0.1: "code", 0.3: "PIN", 0.5: "password", 0.7: "magic word", 0.85: "code", 0.95: "combination"}  # by depth
+THINGS = {  # by depth
+    0.1: "code",
+    0.25: "PIN",
+    0.35: "password",
+    0.45: "magic word",
+    0.55: "code",
+    0.7: "combination",
+    0.85: "password",
+    0.95: "PIN",
+}
 DIGITS = 5
 NEARBY = 64  # tokens among which a place between sentences or lines is looked for
 NEEDLE = " The secret number of the {key} is {value}. Remember it."

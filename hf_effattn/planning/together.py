@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..plans import DENSE, Plan
 from ..plans.heads import Unit
-from ..plans.scale import ratios
+from ..plans.scale import ratio_at, ratios
 from .candidates import Candidate
 from .frank_wolfe import frank_wolfe
 from .gates import gated
@@ -46,16 +46,25 @@ def choose_together(
         torch.tensor([[getattr(row, field)[name] for name in names] for row in found.layers], dtype=torch.float64)
         for field in ("costs", "prices")
     )
-    dense = one_hot(torch.full((len(units),), names.index(DENSE)), len(names)).float()
+    everywhere = {
+        name: one_hot(torch.full((len(units),), index), len(names)).float() for index, name in enumerate(names)
+    }
+    dense, changed = everywhere[DENSE], [name for name in names if name != DENSE]
     recall = Recall(model, asked)
     with gated(model, units, candidates, found.context_length) as gates:
         before = recall.losses(gates, dense)
 
-        def lost(values: torch.Tensor, number: int) -> float:
-            """Return what a choice loses, by the first answers."""
+        def moved(values: torch.Tensor) -> float:
             gates.set(values)
-            answers = (recall.losses(gates, values) - before)[:number]
-            return divergence(model, texts) + weight * float(answers.mean())
+            return divergence(model, texts)
+
+        known = ratios([moved(everywhere[name]) for name in changed], [found.measured[x].divergence for x in changed])
+
+        def lost(values: torch.Tensor, number: int) -> float:
+            """Return what a choice is to lose: by parts of the texts, as whole texts lose more in uniform choices, and
+            by the first answers."""
+            parts, answers = moved(values), (recall.losses(gates, values) - before)[:number]
+            return parts * ratio_at(known, parts) + weight * float(answers.mean())
 
         way = frank_wolfe(
             costs,
@@ -74,6 +83,5 @@ def choose_together(
         for row, index, own in zip(found.layers, way.choice, costs, strict=True)
     )
     new = replace(found, layers=layers)
-    changed = [name for name in names if name != DENSE]
     sums, losses = [*map(new.sum_of, changed), new.sum], [new.total(name) - new.start for name in changed]
     return replace(new, ratios=ratios(sums, [*losses, expected]))
