@@ -304,13 +304,17 @@ def test_without_a_clone_nothing_ships(no_hub: list[str], tmp_path: Path, monkey
         tiny_model(LLAMA).convert_attention("linear", adapter="tiny/linear")
 
 
-def test_all_that_ships_is_whole() -> None:
+def test_all_that_ships_is_whole_and_small() -> None:
     from hf_effattn.recovery.adapter_files import read
     from hf_effattn.recovery.adapter_names import SHIPPED, shipped
 
     assert SHIPPED.parent == Path(__file__).parent.parent / "recipes" / "results"
-    for folder in shipped().values():
+    found = shipped()
+    assert "smollm2-135m/linear" in found
+    for folder in found.values():
         read(folder).check_whole()
+        assert sum(path.stat().st_size for path in folder.iterdir()) <= 8e6
+        assert (folder / "README.md").is_file()
 
 
 def test_peft_is_imported_when_an_adapter_is_asked_for() -> None:

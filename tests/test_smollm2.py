@@ -130,6 +130,18 @@ def test_perplexity_through_the_cache_is_the_parallel_one(
     torch.testing.assert_close(cached, parallel, atol=0.0, rtol=1e-4)
 
 
+@torch.inference_mode()
+def test_the_shipped_adapter_recovers_a_part_of_what_its_window_loses(smollm2: Any, prose: torch.Tensor) -> None:
+    ids = prose[:, :1024]
+    dense = perplexity(smollm2, ids)
+    smollm2.convert_attention("sparse", window=64, num_sinks=4)
+    window = perplexity(smollm2, ids)
+    smollm2.revert_attention().convert_attention("linear", adapter="smollm2-135m/linear")
+    found = perplexity(smollm2, ids)
+    assert dense < found < window
+    assert perplexity(smollm2.revert_attention(), ids) == dense
+
+
 def test_it_finds_passkeys_which_a_window_has_lost(loaded: Any, smollm2: Any) -> None:
     subject = Subject(smollm2, loaded[1], batch_size=2)
     material = Material(subject.count_tokens, PROSE)
