@@ -233,6 +233,13 @@ def test_a_plan_is_no_worse_than_uniform_choices_that_keep_the_budget(model: Any
             assert found.total("this plan") <= found.total(name) + 1e-9
 
 
+@pytest.mark.parametrize("by_head", [False, True])
+def test_the_first_choice_is_read_whole_so_its_divergence_is_predicted_exactly(model: Any, by_head: bool) -> None:
+    windows = ["dense", "sparse:window=16", "sparse:window=64"]
+    found = planned(model, number=2, rounds=1, by_head=by_head, candidates=windows, recall_weight=0.0)
+    assert found.predicted - found.start == pytest.approx(found.measured["this plan"].divergence, rel=1e-3)
+
+
 def test_recall_counts_as_much_as_is_said(model: Any) -> None:
     light, heavy = (planned(model, recall_weight=weight, rounds=1) for weight in (0.0, 100.0))
     for own, other in ((light, heavy), (heavy, light)):  # each is the best by what it counts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ THINGS = {  # by depth
     0.85: "password",
     0.95: "PIN",
 }
+LENGTHS = (1.0, 0.5)  # of the texts with these, in turn, in contexts: a plan has to do for shorter ones, too
 DIGITS = 5
 NEARBY = 64  # tokens among which a place between sentences or lines is looked for
 NEEDLE = " The secret number of the {key} is {value}. Remember it."
@@ -109,14 +111,15 @@ def make_probes(
 
 
 def make_asked(tokenizer: PreTrainedTokenizerBase, context_length: int, seed: int) -> list[Probe]:
-    """Return texts of at most `context_length` + 1 tokens of nothing but a few sentences over and over, with one thing
-    hidden in each, that is asked for so that a model which has not found it says anything but a number."""
+    """Return texts of `context_length` + 1 tokens, or half of them, of nothing but a few sentences over and over, with
+    one thing hidden in each, that is asked for so that a model which has not found it says anything but a number."""
     chance, first = random.Random(f"asked/{seed}"), first_tokens(tokenizer)
     found = []
-    for (depth, thing), value in zip(THINGS.items(), numbers(chance, DIGITS).first(len(THINGS)), strict=True):
+    values = numbers(chance, DIGITS).first(len(THINGS))
+    for (depth, thing), share, value in zip(THINGS.items(), cycle(LENGTHS), values, strict=False):
         said, asked = SAID.format(thing=thing, value=value), ASKED.format(thing=thing)
         noise, needle, *rest = _encoded(tokenizer, [NOISE, said, asked, f" {value}"])
-        room = context_length + 1 - len(first) - sum(map(len, (needle, *rest)))
+        room = max(int(share * context_length) + 1 - len(first) - sum(map(len, (needle, *rest))), len(noise))
         text = (noise * (room // len(noise) + 1))[:room]
         found.append(_assembled(tokenizer, first, text, {depth: needle}, rest, 0))
     return found

@@ -14,6 +14,8 @@ from .gates import Gates
 from .measure import Past, read
 from .probes import Probe
 
+ROUNDING = 1e-2  # nats that a loss may be off in half precision
+
 
 class Recall:
     """Answers to questions behind texts that the dense model has read.
@@ -33,15 +35,20 @@ class Recall:
             gates.set(values)
             return torch.stack([self._loss(index) for index in range(len(self.probes))]).cpu()
 
-    def gradient(self, gates: Gates, values: torch.Tensor) -> torch.Tensor:
-        """Return the gradient of the mean loss in the gates."""
+    def gradient(self, gates: Gates, values: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+        """Return the gradient in the gates of the mean of `max(loss, least)`.
+
+        Args:
+            least: Of each text, what it loses when nothing is lost: the dense model's. There it is as steep as above.
+        """
         total = torch.zeros_like(values)
         for index in range(len(self.probes)):
             leaf = values.to(self.model.device).requires_grad_()
             with torch.enable_grad():
                 gates.set(leaf)
-                (found,) = torch.autograd.grad(self._loss(index), leaf)
-            total += found.cpu() / len(self.probes)
+                loss = self._loss(index)
+            if float(loss.detach()) > float(least[index]) - ROUNDING:
+                total += torch.autograd.grad(loss, leaf)[0].cpu() / len(self.probes)
         return total
 
     def _loss(self, index: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from ..plans.scale import ratio_at, ratios
 from .candidates import Candidate
 from .frank_wolfe import frank_wolfe
 from .gates import gated
-from .measure import Past
+from .measure import Past, logits_of, loss_of
 from .parts import divergence
 from .probes import Probe
 from .recall import Recall
@@ -58,25 +58,40 @@ def choose_together(
             gates.set(values)
             return divergence(model, texts)
 
-        known = ratios([moved(everywhere[name]) for name in changed], [found.measured[x].divergence for x in changed])
+        def whole(values: torch.Tensor) -> float:
+            gates.set(values)
+            found = [
+                loss_of(logits_of(model, probe), probe.since(probe.first), past.logits).divergence
+                for probe, past in texts
+            ]
+            return sum(found) / len(found)
 
-        def lost(values: torch.Tensor, number: int) -> float:
-            """Return what a choice is to lose: by parts of the texts, as whole texts lose more in uniform choices, and
-            by the first answers."""
-            parts, answers = moved(values), (recall.losses(gates, values) - before)[:number]
-            return parts * ratio_at(known, parts) + weight * float(answers.mean())
+        pairs = [(moved(everywhere[name]), found.measured[name].divergence) for name in changed]
+
+        def spread(values: torch.Tensor) -> float:
+            """Return the divergence that a choice is to have: that of parts of the texts, as whole texts have more in
+            uniform choices and in the first mixed one, which is read whole."""
+            parts = moved(values)
+            if len(pairs) == len(changed):
+                pairs.append((parts, whole(values)))
+            return parts * ratio_at(ratios(*zip(*pairs, strict=True)), parts)
+
+        def lost(values: torch.Tensor) -> float:
+            """Return what a choice loses. That some answers get likelier than they were does not make up for others."""
+            return spread(values) + weight * float((recall.losses(gates, values) - before).clamp(min=0).mean())
 
         way = frank_wolfe(
             costs,
             prices,
             found.budget.limit - found.fixed_price,
             dense,
-            lambda x: lost(x, len(asked)),
-            lambda x: weight * recall.gradient(gates, x),
+            lost,
+            lambda x: weight * recall.gradient(gates, x, before),
             rounds,
         )
-        # Plans tell the recall of calibration texts.
-        expected = lost(one_hot(torch.tensor(way.choice), len(names)).float(), len(texts))
+        chosen = one_hot(torch.tensor(way.choice), len(names)).float()
+        answers = (recall.losses(gates, chosen) - before)[: len(texts)]  # plans tell the recall of calibration texts
+        expected = spread(chosen) + weight * float(answers.mean())
     costs += (way.gradient - way.gradient[:, names.index(DENSE), None]).clamp(min=0)
     layers = tuple(
         replace(row, choice=names[index], costs=dict(zip(names, own.tolist(), strict=True)))
