@@ -42,7 +42,7 @@ def _frontier(axis: Any, plan: Plan) -> None:
     axis.set_ylabel("perplexity over dense, recall counted in")
     axis.set_ylim(*_range([y for _, y in curve] + [math.exp(plan.total(name) - dense) for name in plan.measured]))
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)  # below: it would hide points
 
 
 def _range(values: list[float]) -> tuple[float, float]:
