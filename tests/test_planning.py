@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,14 @@ def test_recall_counts_as_much_as_is_said(model: Any) -> None:
         assert own.sum <= others + 1e-12
     assert [x.costs for x in light.layers] != [x.costs for x in heavy.layers]
     assert Loss(7.0, 3.0, 2.0).total(0.5) == 3.5
+
+
+def test_answers_likelier_than_those_of_the_dense_model_make_up_for_nothing(model: Any) -> None:
+    found = planned(model, rounds=1, recall_weight=0.5)
+    dense = found.measured["dense"]
+    for more, loss in ((-1.0, 0.25), (0.0, 0.25), (1.0, 0.75)):
+        own = replace(found, measured=found.measured | {"this plan": Loss(7.0, dense.recall + more, 0.25)})
+        assert own.total("this plan") - own.total("dense") == pytest.approx(loss)
 
 
 def test_needles_are_hidden_far_before_and_asked_for_at_the_end() -> None:

@@ -124,6 +124,23 @@ def test_of_units_that_stand_in_for_each_other_one_is_kept() -> None:
     assert found.gradient[:2, 1].min() > 0
 
 
+def test_a_choice_by_the_mean_of_slopes_is_looked_at_too() -> None:
+    """Each slope alone keeps the unit that the round before gave up; their mean keeps that which always matters."""
+    costs, start = torch.zeros(3, 2), one_hot(torch.zeros(3, dtype=torch.long), 2).float()
+    prices = torch.tensor([[1.0, 0.0]] * 3)
+    slopes = iter([[9.0, 0.0, 5.0], [0.0, 6.0, 5.0]])
+    seen: list[tuple[float, ...]] = []
+
+    def loss(gates: torch.Tensor) -> float:
+        seen.append(tuple(gates[:, 1].tolist()))
+        return float(gates[:, 1] @ torch.tensor([4.0, 4.0, 5.0]))
+
+    found = frank_wolfe(costs, prices, 1.0, start, loss, lambda _: torch.tensor([[0.0, x] for x in next(slopes)]), 2)
+    assert seen == [(0.0, 1.0, 1.0), (1.0, 1.0, 0.0), (1.0, 0.0, 1.0)], "each choice is looked at once"
+    assert found.choice == (1, 1, 0)
+    torch.testing.assert_close(found.gradient[:, 1], torch.tensor([3.0, 4.0, 5.0]))
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [

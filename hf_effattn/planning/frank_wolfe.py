@@ -36,8 +36,10 @@ def frank_wolfe(
     """Make a loss small among choices whose prices keep the limit, as Frank and Wolfe (1956) do.
 
     Gates g between choices go, in round k = 0, 1, …, a part 2/(k + 3) of the way to the choice s that is best if the
-    loss were as steep everywhere as it is at g, which a knapsack finds. Units that stand in for each other each seem to
-    cost nothing while the other is there; between choices they are judged with the others half gone.
+    loss were as steep everywhere as it is at g, which a knapsack finds. Looked at besides is the choice that is best if
+    it were as steep as it has been on the way, in the mean (round k counts k + 1 times), which changes less. Units that
+    stand in for each other each seem to cost nothing while the other is there; between choices they are judged with the
+    others half gone.
 
     Args:
         costs: What adds up of the loss, `[units, candidates]`.
@@ -45,7 +47,7 @@ def frank_wolfe(
         start: The gates at first.
         loss: Of a choice, as gates of 0 and 1.
         gradient: Of all that does not add up of the loss, in gates.
-        rounds: How many choices are looked at.
+        rounds: Each looks at these two choices.
 
     Returns:
         The best of them.
@@ -53,13 +55,14 @@ def frank_wolfe(
     gates, mean, totals = start, torch.zeros_like(start), {}
     with tqdm(range(rounds), desc="choosing", unit="round") as bar:
         for number in bar:
-            slope, part = gradient(gates), 2 / (number + 3)
-            mean = (1 - part) * mean + part * slope
-            found = choose((costs + slope).tolist(), prices.tolist(), limit)
-            assert found is not None, "a limit that cannot be kept is told before"
-            chosen = one_hot(torch.tensor(found), costs.shape[1]).to(start.dtype)
-            if tuple(found) not in totals:
-                totals[tuple(found)] = loss(chosen)
+            slope = gradient(gates)
+            mean = mean + 2 / (number + 2) * (slope - mean)
+            for steep in (mean, slope):
+                found = choose((costs + steep).tolist(), prices.tolist(), limit)
+                assert found is not None, "a limit that cannot be kept is told before"
+                chosen = one_hot(torch.tensor(found), costs.shape[1]).to(start.dtype)
+                if tuple(found) not in totals:
+                    totals[tuple(found)] = loss(chosen)
             bar.set_postfix(lost=f"{min(totals.values()):.4f}")
-            gates = gates + part * (chosen - gates)
+            gates = gates + 2 / (number + 3) * (chosen - gates)
     return Found(min(totals, key=totals.__getitem__), mean)

@@ -71,9 +71,9 @@ def plan(
         tokenizer: Of the model; None to load the one that belongs to it.
         number: Calibration texts.
         recall_weight: What a nat of an answer's token counts beside one of the documents.
-        rounds: How many choices are looked at for what they lose of recall. With candidates other than patterns and
-            linear attention as they come (selectors, mechanisms that read more than queries and keys), recall is that
-            of single changes, which is too little.
+        rounds: Of the search; in each two choices are looked at for what they lose of recall. With candidates other
+            than patterns and linear attention as they come (selectors, mechanisms that read more than queries and
+            keys), recall is that of single changes, which is too little.
         by_head: Choose for each key/value head, not for each layer; candidates are then windows, with or without sinks.
         measured: Tokens at the end of each text, before the questions, on which single changes are measured.
         out: Folder for measurements; a run that was killed goes on from it.

@@ -91,7 +91,7 @@ def choose_together(
         )
         chosen = one_hot(torch.tensor(way.choice), len(names)).float()
         answers = (recall.losses(gates, chosen) - before)[: len(texts)]  # plans tell the recall of calibration texts
-        expected = spread(chosen) + weight * float(answers.mean())
+        expected = spread(chosen) + weight * float(answers.mean().clamp(min=0))
     costs += (way.gradient - way.gradient[:, names.index(DENSE), None]).clamp(min=0)
     layers = tuple(
         replace(row, choice=names[index], costs=dict(zip(names, own.tolist(), strict=True)))

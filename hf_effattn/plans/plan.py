@@ -151,8 +151,10 @@ class Plan:
         return replace(self, budget=wanted, layers=layers, measured=measured)
 
     def total(self, name: str) -> float:
-        """Return a measured loss, recall weighted."""
-        return self.measured[name].total(self.recall_weight)
+        """Return a measured loss, recall weighted; answers that are likelier than those of the dense model count as
+        much as its own, as they make up for nothing."""
+        own = self.measured[name]
+        return own._replace(recall=max(own.recall, self.measured[DENSE].recall)).total(self.recall_weight)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-able data."""
