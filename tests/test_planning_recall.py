@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -13,13 +14,15 @@ from torch.nn.functional import one_hot
 from hf_effattn import LinearConfig, SparseConfig
 from hf_effattn.architectures import head_counts
 from hf_effattn.evaluation.haystack import ADJECTIVES, NOUNS
+from hf_effattn.evaluation.variants import is_converted
 from hf_effattn.planning.candidates import Candidate, read_candidates
 from hf_effattn.planning.frank_wolfe import frank_wolfe
 from hf_effattn.planning.gates import can_be_gated, gated
 from hf_effattn.planning.measure import assign, end_logits, logits_of, loss_of, read
-from hf_effattn.planning.parts import divergence, parts
+from hf_effattn.planning.parts import STEEP, divergence, divergence_gradient, parts
 from hf_effattn.planning.probes import ASKED, NEEDLE, NOISE, QUESTION, SAID, THINGS, Probe, make_asked, make_probes
 from hf_effattn.planning.recall import Recall
+from hf_effattn.planning.whole import Whole
 from hf_effattn.plans import choose
 from hf_effattn.plans.heads import Unit
 from hf_effattn.targets import choose_layers, find_targets
@@ -205,3 +208,83 @@ def test_parts_of_a_text_are_compared_with_what_the_dense_model_made_of_them() -
     assert divergence(model, [(own, past)]) == pytest.approx(whole, rel=0.3)
     past.cache.layers[0].__class__ = type("Other", (type(past.cache.layers[0]),), {})
     assert [begin for _, begin in parts(own, past)] == [own.start]
+
+
+@every_family
+def test_what_a_choice_reads_is_what_it_goes_on_from(variant: str) -> None:
+    """Keys and values that converted layers attended to, behind which the end is as if all was read at once."""
+    model, own = model_of(variant, None), probe()
+    if read(model, own).cache is None:
+        pytest.skip("what this family caches is not what its layers attend to: its plans have no gates")
+    units = units_of(model, by_head=False)
+    dense = read(model, own)
+    assign(model, dict.fromkeys(units, LONG) | {units[0]: DENSE})
+    past = read(model, own)
+    assert past.cache is not None
+    torch.testing.assert_close(past.logits, logits_of(model, own)[-len(past.logits) :], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(end_logits(model, own, past), past.logits, atol=1e-5, rtol=1e-4)
+    first, last = units[0].layer, units[-1].layer
+    torch.testing.assert_close(past.cache.layers[first].keys, dense.cache.layers[first].keys)
+    assert past.cache.layers[last].keys.shape == dense.cache.layers[last].keys.shape
+    assert len(units) < 3 or not torch.equal(past.cache.layers[last].keys, dense.cache.layers[last].keys)
+    assert all("attend" not in vars(mechanism) for mechanism in model.modules())
+
+
+def text_and_model() -> tuple[Any, Any, Any]:
+    model = small_model(TOKENIZER, num_hidden_layers=3).double()
+    (own,) = make_probes([PROSE * 8], TOKENIZER, 640, 1, 7, measured=100)
+    return model, own, read(model, own)
+
+
+def test_the_gradient_of_the_divergence_is_what_small_changes_do() -> None:
+    model, own, dense = text_and_model()
+    units, candidates = units_of(model, True), [DENSE, SHORT, LONG]
+    assign(model, dict.fromkeys(units, LONG))
+    past = read(model, own)
+    assign(model, {})
+    values = torch.rand(len(units), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    way = torch.randn(len(units), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def moved(values: torch.Tensor) -> float:
+        gates.set(values)
+        found = []
+        for part, begin in parts(own, past, STEEP):
+            cache = copy.deepcopy(past.cache)
+            cache.crop(begin - own.start)
+            with torch.no_grad():
+                logits = model(part.ids[None, :-1], past_key_values=cache).logits[0].log_softmax(-1)
+            wanted = dense.logits[begin : begin + len(logits)].log_softmax(-1)
+            found.append((wanted.exp() * (wanted - logits)).sum(-1)[part.is_text].mean())
+        return float(torch.stack(found).mean())
+
+    with gated(model, units, candidates, 700) as gates:
+        gradient = divergence_gradient(model, gates, values, [(own, dense)], [past])
+        ahead, behind = (moved(values + step * way) for step in (1e-4, -1e-4))
+    assert float((gradient * way).sum()) == pytest.approx((ahead - behind) / 2e-4, rel=1e-4)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_whole_texts_are_read_with_the_choice_and_compared_with_the_dense_model() -> None:
+    model, own, dense = text_and_model()
+    other = probe()
+    other_dense, units, candidates = read(model, other), units_of(model, True), [DENSE, SHORT, LONG]
+    whole = Whole(model, units, candidates, 700, [(own, dense)], [(other, other_dense)])
+    nothing = whole.look([0] * len(units))
+    assert nothing.divergence == pytest.approx(0.0, abs=1e-9)
+    assert nothing.answers.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
+    chosen = drawn(len(units), 3).tolist()
+    seen = whole.look(chosen)
+    assert not is_converted(model)
+    assign(model, {unit: candidates[index] for unit, index in zip(units, chosen, strict=True)})
+    expected = loss_of(logits_of(model, own), own, dense.logits)
+    answers = loss_of(logits_of(model, other), other.since(other.start), other_dense.logits)
+    assign(model, {})
+    assert seen.divergence == pytest.approx(expected.divergence, rel=1e-5)
+    dense_recall = loss_of(dense.logits, own, dense.logits).recall, float(whole.dense[1])
+    for found, lost, before in zip(seen.answers, (expected.recall, answers.recall), dense_recall, strict=True):
+        assert float(found) == pytest.approx(max(lost - before, 0.0), abs=1e-5)
+    values = one_hot(torch.tensor(chosen), 3).double()
+    slopes = [whole.gradient(values, seen, weight) for weight in (0.0, 0.5, 1.0)]
+    assert not is_converted(model)
+    assert float((slopes[2] - slopes[0]).abs().max()) > 1e-6, "recall counts"
+    torch.testing.assert_close(slopes[1], (slopes[0] + slopes[2]) / 2)

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from ..planning import plan
 from ..planning.candidates import check_for_heads, read_candidates
+from ..planning.search import RECALL_WEIGHT, ROUNDS
 from ..plotting import new_figure
 from .common import DTYPES, Loader, check_device, check_dtype, length_of, told_plainly
 
@@ -30,10 +31,10 @@ def add(app: typer.Typer, loader: Loader, default_model: str | None) -> None:
             typer.Option(help="As in sparse:window=512,num_sinks=4; may be given several times. Dense is always one."),
         ] = None,
         number: Annotated[int, typer.Option(min=1, help="Calibration texts.")] = 2,
-        recall_weight: Annotated[float, typer.Option(min=0.0, help="Of a nat of recall beside one of text.")] = 0.03,
-        rounds: Annotated[
-            int, typer.Option(min=1, help="Choices that are looked at for what they lose of recall.")
-        ] = 10,
+        recall_weight: Annotated[
+            float, typer.Option(min=0.0, help="Of a nat of recall beside one of text.")
+        ] = RECALL_WEIGHT,
+        rounds: Annotated[int, typer.Option(min=1, help="Of the search, and steps to better choices.")] = ROUNDS,
         by_head: Annotated[bool, typer.Option("--by-head", help="Choose for each head, not for each layer.")] = False,
         measured: Annotated[int, typer.Option(min=1, help="Tokens of each text that changes are measured on.")] = 512,
         seed: Annotated[int, typer.Option(help="Of what is hidden in the texts.")] = 42,

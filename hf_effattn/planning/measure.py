@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -67,11 +68,11 @@ def loss_of(logits: torch.Tensor, probe: Probe, dense: torch.Tensor) -> Loss:
 
 
 class Past(NamedTuple):
-    """What the dense model made of a calibration text.
+    """What a model made of a calibration text.
 
     Args:
-        cache: Of the tokens before the end; it must be copied before it is used. None where converted layers cannot
-            take over what it holds: then all is computed.
+        cache: Of the tokens before the end, all keys and values of layers that can be converted; it must be copied
+            before it is used. None where converted layers cannot take over what it holds: then all is computed.
         logits: From `probe.first` on.
     """
 
@@ -86,17 +87,41 @@ def takes_over(model: PreTrainedModel) -> bool:
 
 @torch.inference_mode()
 def read(model: PreTrainedModel, probe: Probe, keeps_cache: bool = True) -> Past:
-    """Let the model, which is dense, read a calibration text; without keeping the cache where no use is made of it."""
+    """Let the model read a calibration text; without keeping the cache where no use is made of it."""
     if not keeps_cache:
         return Past(None, logits_of(model, probe))
     cache = DynamicCache(config=model.config)
     ids = probe.ids[None, :-1].to(model.device)
     before = probe.start - probe.first
-    found = model(ids[:, : probe.start], past_key_values=cache, logits_to_keep=max(before, 1)).logits[0, :before]
-    if not _can_be_taken_over(model, cache):
-        return Past(None, logits_of(model, probe))
+    with _keys_kept(model) as found:
+        logits = model(ids[:, : probe.start], past_key_values=cache, logits_to_keep=max(before, 1)).logits[0, :before]
     kept = copy.deepcopy(cache)
-    return Past(kept, torch.cat((found, model(ids[:, probe.start :], past_key_values=cache).logits[0])))
+    for index, layer in found.items():
+        kept.layers[index] = layer
+    if not _can_be_taken_over(model, kept):
+        return Past(None, logits_of(model, probe))
+    return Past(kept, torch.cat((logits, model(ids[:, probe.start :], past_key_values=cache).logits[0])))
+
+
+@contextmanager
+def _keys_kept(model: PreTrainedModel) -> Iterator[dict[int, DynamicLayer]]:
+    """Keep the keys and values that converted layers attend to in the call made inside, as softmax layers do."""
+    found: dict[int, DynamicLayer] = {}
+
+    def keep(index: int, attend: Any) -> Any:
+        def kept(state: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Any) -> Any:
+            found[index] = DynamicLayer()
+            found[index].update(key, value)
+            return attend(state, query, key, value, call)
+
+        return kept
+
+    with ExitStack() as stack:
+        for index, module in converted_layers(model).items():
+            mechanism = mechanism_of(module)
+            mechanism.attend = keep(index, mechanism.attend)
+            stack.callback(vars(mechanism).pop, "attend")
+        yield found
 
 
 def _can_be_taken_over(model: PreTrainedModel, cache: DynamicCache) -> bool:

@@ -18,16 +18,17 @@ ROUNDING = 1e-2  # nats that a loss may be off in half precision
 
 
 class Recall:
-    """Answers to questions behind texts that the dense model has read.
+    """Answers to questions behind texts that were read.
 
     Args:
         model: A dense model.
         probes: Texts with answers.
+        pasts: What was made of each; None to let the dense model read them.
     """
 
-    def __init__(self, model: PreTrainedModel, probes: Sequence[Probe]) -> None:
+    def __init__(self, model: PreTrainedModel, probes: Sequence[Probe], pasts: Sequence[Past] | None = None) -> None:
         self.model, self.probes = model, probes
-        self.pasts: list[Past] = [read(model, probe) for probe in tqdm(probes, desc="recall", unit="text")]
+        self.pasts = pasts or [read(model, probe) for probe in tqdm(probes, desc="recall", unit="text")]
 
     def losses(self, gates: Gates, values: torch.Tensor) -> torch.Tensor:
         """Return the nats that an answer's token loses in each text, where layers attend as `values` say."""

@@ -34,6 +34,8 @@ from .together import choose_together
 
 logger = logging.getLogger(__name__)
 
+RECALL_WEIGHT, ROUNDS = 0.1, 5
+
 
 def plan(
     model: PreTrainedModel,
@@ -44,8 +46,8 @@ def plan(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     number: int = 2,
-    recall_weight: float = 0.03,
-    rounds: int = 10,
+    recall_weight: float = RECALL_WEIGHT,
+    rounds: int = ROUNDS,
     by_head: bool = False,
     measured: int = 512,
     out: str | Path | None = None,
@@ -57,8 +59,9 @@ def plan(
     documents then are from those of the dense model (KL divergence): on the end of calibration texts, before which all
     is as the dense model read it. These losses add up. Recall does not: layers stand in for each other until too many
     are changed. So that a plan does not buy perplexity with it, answers to questions about things hidden far before are
-    looked at between choices, where they have a gradient (see `frank_wolfe`). The plan is then measured as a whole. The
-    caches of the dense model on all these texts are kept in memory.
+    looked at between choices, where they have a gradient (see `frank_wolfe`). What is found is made better by steps in
+    which whole texts are read and a few choices differ (see `refine`), and measured as a whole. The caches of all these
+    texts are kept in memory.
 
     Args:
         model: A dense model of a supported family; afterwards it is as before.
@@ -70,10 +73,11 @@ def plan(
             32nd, an eighth and a quarter of the context with 4 sinks.
         tokenizer: Of the model; None to load the one that belongs to it.
         number: Calibration texts.
-        recall_weight: What a nat of an answer's token counts beside one of the documents.
-        rounds: Of the search; in each two choices are looked at for what they lose of recall. With candidates other
-            than patterns and linear attention as they come (selectors, mechanisms that read more than queries and
-            keys), recall is that of single changes, which is too little.
+        recall_weight: What a nat of an answer's token counts beside one of the documents; less for budgets that cannot
+            keep recall anyway.
+        rounds: Of the search, and steps to better choices. With candidates other than patterns and linear attention as
+            they come (selectors, mechanisms that read more than queries and keys), there are none: recall is that of
+            single changes, which is too little.
         by_head: Choose for each key/value head, not for each layer; candidates are then windows, with or without sinks.
         measured: Tokens at the end of each text, before the questions, on which single changes are measured.
         out: Folder for measurements; a run that was killed goes on from it.

@@ -13,12 +13,14 @@ from ..plans import DENSE, Plan
 from ..plans.heads import Unit
 from ..plans.scale import ratio_at, ratios
 from .candidates import Candidate
-from .frank_wolfe import frank_wolfe
+from .frank_wolfe import Found, frank_wolfe
 from .gates import gated
-from .measure import Past, logits_of, loss_of
-from .parts import divergence
+from .measure import logits_of, loss_of
+from .parts import Text, divergence
 from .probes import Probe
 from .recall import Recall
+from .refine import refine
+from .whole import Seen, Whole
 
 
 def choose_together(
@@ -26,11 +28,12 @@ def choose_together(
     units: Sequence[Unit],
     candidates: Sequence[Candidate],
     found: Plan,
-    texts: Sequence[tuple[Probe, Past]],
+    texts: Sequence[Text],
     asked: Sequence[Probe],
     rounds: int,
 ) -> Plan:
-    """Return the plan of least divergence and recall within the budget.
+    """Return a plan of little divergence and recall within the budget: the best of choices that are looked at behind
+    what the dense model made of texts (`frank_wolfe`), made better where each reads whole texts by itself (`refine`).
 
     Args:
         model: Dense.
@@ -39,18 +42,60 @@ def choose_together(
         found: A plan whose costs are divergences of single changes.
         texts: Calibration texts, with what the dense model made of each.
         asked: Texts with answers; first those of `texts`.
-        rounds: Of `frank_wolfe`.
+        rounds: Of either.
     """
     names, weight = [candidate.name for candidate in candidates], found.recall_weight
+    changed = [name for name in names if name != DENSE]
     costs, prices = (
         torch.tensor([[getattr(row, field)[name] for name in names] for row in found.layers], dtype=torch.float64)
         for field in ("costs", "prices")
     )
+    recall = Recall(model, asked)
+    way, expected = _between(model, units, candidates, found, costs, prices, texts, recall, rounds)
+    others = list(zip(asked, recall.pasts, strict=True))[len(texts) :]
+    whole = Whole(model, units, candidates, found.context_length, texts, others)
+    del recall, others  # much memory
+    seen_texts: dict[tuple[int, ...], float] = {}  # plans tell the recall of calibration texts
+
+    def look(choice: tuple[int, ...]) -> tuple[float, Seen]:
+        seen = whole.look(choice)
+        seen_texts[choice] = seen.divergence + weight * float(seen.answers[: len(texts)].mean())
+        return seen.divergence + weight * float(seen.answers.mean()), seen
+
+    def gradient(choice: tuple[int, ...], seen: Seen) -> torch.Tensor:
+        return whole.gradient(one_hot(torch.tensor(choice), len(names)).float(), seen, weight)
+
+    limit = found.budget.limit - found.fixed_price
+    better = refine(way.choice, costs, prices, limit, look, gradient, rounds)
+    if better.choice != way.choice:
+        expected = better.expected * seen_texts[better.before]
+    costs += (way.gradient - way.gradient[:, names.index(DENSE), None]).clamp(min=0)
+    layers = tuple(
+        replace(row, choice=names[index], costs=dict(zip(names, own.tolist(), strict=True)))
+        for row, index, own in zip(found.layers, better.choice, costs, strict=True)
+    )
+    new = replace(found, layers=layers)
+    sums, losses = [*map(new.sum_of, changed), new.sum], [new.total(name) - new.start for name in changed]
+    return replace(new, ratios=ratios(sums, [*losses, expected]))
+
+
+def _between(
+    model: PreTrainedModel,
+    units: Sequence[Unit],
+    candidates: Sequence[Candidate],
+    found: Plan,
+    costs: torch.Tensor,
+    prices: torch.Tensor,
+    texts: Sequence[Text],
+    recall: Recall,
+    rounds: int,
+) -> tuple[Found, float]:
+    """Return a choice found between all others, and what it is expected to lose."""
+    names, weight = [candidate.name for candidate in candidates], found.recall_weight
     everywhere = {
         name: one_hot(torch.full((len(units),), index), len(names)).float() for index, name in enumerate(names)
     }
     dense, changed = everywhere[DENSE], [name for name in names if name != DENSE]
-    recall = Recall(model, asked)
     with gated(model, units, candidates, found.context_length) as gates:
         before = recall.losses(gates, dense)
 
@@ -80,23 +125,10 @@ def choose_together(
             """Return what a choice loses. That some answers get likelier than they were does not make up for others."""
             return spread(values) + weight * float((recall.losses(gates, values) - before).clamp(min=0).mean())
 
+        limit = found.budget.limit - found.fixed_price
         way = frank_wolfe(
-            costs,
-            prices,
-            found.budget.limit - found.fixed_price,
-            dense,
-            lost,
-            lambda x: weight * recall.gradient(gates, x, before),
-            rounds,
+            costs, prices, limit, dense, lost, lambda x: weight * recall.gradient(gates, x, before), rounds
         )
         chosen = one_hot(torch.tensor(way.choice), len(names)).float()
         answers = (recall.losses(gates, chosen) - before)[: len(texts)]  # plans tell the recall of calibration texts
-        expected = spread(chosen) + weight * float(answers.mean().clamp(min=0))
-    costs += (way.gradient - way.gradient[:, names.index(DENSE), None]).clamp(min=0)
-    layers = tuple(
-        replace(row, choice=names[index], costs=dict(zip(names, own.tolist(), strict=True)))
-        for row, index, own in zip(found.layers, way.choice, costs, strict=True)
-    )
-    new = replace(found, layers=layers)
-    sums, losses = [*map(new.sum_of, changed), new.sum], [new.total(name) - new.start for name in changed]
-    return replace(new, ratios=ratios(sums, [*losses, expected]))
+        return way, spread(chosen) + weight * float(answers.mean().clamp(min=0))

@@ -1,0 +1,112 @@
+"""A choice under a limit that is made better in small steps, each looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import torch
+from tqdm.auto import tqdm
+
+from ..plans.knapsack import choose
+
+Look = TypeVar("Look")
+
+SHARE = 8  # of all units, one in so many may change in the first step; four at least: one gets what others give
+LEAST_BEND = 1 / 16  # least κ
+HALVINGS = 14  # of what a change is to be worth at least
+
+
+class Refined(NamedTuple):
+    """A choice.
+
+    Args:
+        choice: Index of a candidate of each unit.
+        before: The choice from which the last step led to it; itself if there was none.
+        expected: How much of the loss of that choice was expected to be left.
+    """
+
+    choice: tuple[int, ...]
+    before: tuple[int, ...]
+    expected: float
+
+
+def refine(
+    choice: tuple[int, ...],
+    costs: torch.Tensor,
+    prices: torch.Tensor,
+    limit: float,
+    look: Callable[[tuple[int, ...]], tuple[float, Look]],
+    gradient: Callable[[tuple[int, ...], Look], torch.Tensor],
+    rounds: int,
+) -> Refined:
+    """Make the loss of a choice smaller, in steps within a trust region.
+
+    Around a choice a the loss of another one b is expected to be `L(a) + Σ_u (g_u,b - g_u,a + κ|c_u,b - c_u,a|)`, with
+    the gradient g of the loss in the choices of units u and their costs c: in the second order a change costs what it
+    does by itself where the gradient is nothing, or, as changes repeat each other, a part κ of it. A knapsack finds the
+    best choice that differs from a in some units at most. If it is not better when it is looked at, they become half as
+    many; if it is better than expected, or if none is expected to be better, κ is halved.
+
+    Args:
+        choice: The first one.
+        costs: Of single changes where all is dense, `[units, candidates]`.
+        prices: Likewise.
+        limit: The most that all prices may add up to.
+        look: Returns the loss of a choice, and what else `gradient` wants to know.
+        gradient: Of the loss in gates between choices, `[units, candidates]`, at a choice that was looked at.
+        rounds: Choices that are looked at besides the first one.
+    """
+    loss, known = look(choice)
+    slope, most, before, expected, bend = None, max(len(choice) // SHARE, 4), choice, 1.0, 1.0
+    with tqdm(range(rounds), desc="refining", unit="round") as bar:
+        for _ in bar:
+            bar.set_postfix(lost=f"{loss:.4f}")
+            slope = gradient(choice, known) if slope is None else slope
+            found, less = choice, 0.0
+            while found == choice and bend >= LEAST_BEND:
+                found, less = _step(choice, slope, bend * costs, prices, limit, most)
+                bend = bend / 2 if found == choice else bend
+            if found == choice:
+                break
+            new, seen = look(found)
+            if new < loss:
+                bend = bend / 2 if new < loss + less else bend
+                before, expected = choice, (loss + less) / loss
+                choice, loss, known, slope = found, new, seen, None
+            else:
+                most = _changes(found, choice) // 2
+                if not most:
+                    break
+    return Refined(choice, before, expected)
+
+
+def _step(
+    choice: tuple[int, ...], slope: torch.Tensor, costs: torch.Tensor, prices: torch.Tensor, limit: float, most: int
+) -> tuple[tuple[int, ...], float]:
+    """Return the choice of least expected loss that differs in `most` units or fewer, and what the loss is expected to
+    change by. A difference has to be worth something, which is raised until so few are left."""
+    at = torch.tensor(choice)[:, None]
+    change = slope - slope.gather(1, at) + (costs - costs.gather(1, at)).abs()
+    differs = torch.ones_like(change).scatter(1, at, 0.0)
+
+    def found(worth: float) -> tuple[int, ...]:
+        indices = choose((change + worth * differs).tolist(), prices.tolist(), limit)
+        assert indices is not None, "the choice itself keeps the limit"
+        return tuple(indices)
+
+    best, low, high = found(0.0), 0.0, float(change.abs().max())
+    if _changes(best, choice) > most:
+        best = choice
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            own = found(middle)
+            if _changes(own, choice) > most:
+                low = middle
+            else:
+                best, high = own, middle
+    return best, float(change.gather(1, torch.tensor(best)[:, None]).sum())
+
+
+def _changes(first: tuple[int, ...], second: tuple[int, ...]) -> int:
+    return sum(a != b for a, b in zip(first, second, strict=True))

@@ -1,0 +1,99 @@
+"""Steps from a choice to better ones."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import one_hot
+
+from hf_effattn.planning.refine import refine
+
+UNITS, CANDIDATES = 8, 3
+
+
+class Task:
+    """What changes do to the outputs adds up, and the loss is its square: units repeat or make up for each other."""
+
+    def __init__(self, seed: int, alike: float = 0.7) -> None:
+        chance = torch.Generator().manual_seed(seed)
+        shared, own = torch.randn(2, UNITS, 1, 6, generator=chance).double()
+        size = torch.tensor([0.0, 0.5, 1.0]).double()[:, None]  # of what each candidate leaves out; the first is dense
+        self.left_out = (alike * shared.mean(0) + (1 - alike) * own) * size
+        self.prices = torch.tensor([[4.0, 2.0, 1.0]]).double().expand(UNITS, -1)
+        self.costs = self.left_out.square().sum(-1)
+        self.seen: list[tuple[int, ...]] = []
+
+    def loss(self, gates: torch.Tensor) -> torch.Tensor:
+        return (gates[:, :, None] * self.left_out).sum((0, 1)).square().sum() + 0.01
+
+    def look(self, choice: tuple[int, ...]) -> tuple[float, torch.Tensor]:
+        self.seen.append(choice)
+        gates = one_hot(torch.tensor(choice), CANDIDATES).double()
+        return float(self.loss(gates)), gates
+
+    def gradient(self, choice: tuple[int, ...], gates: torch.Tensor) -> torch.Tensor:
+        leaf = gates.clone().requires_grad_()
+        return torch.autograd.grad(self.loss(leaf), leaf)[0]
+
+    def price(self, choice: tuple[int, ...]) -> float:
+        return float(self.prices.gather(1, torch.tensor(choice)[:, None]).sum())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 6))
+def test_no_step_makes_it_worse_or_spends_too_much(seed: int, rounds: int) -> None:
+    task, first = Task(seed), (1,) * UNITS
+    found = refine(first, task.costs, task.prices, 16.0, task.look, task.gradient, rounds)
+    losses = {choice: task.look(choice)[0] for choice in set(task.seen)}
+    assert losses[found.choice] == min(losses.values())
+    assert all(task.price(choice) <= 16.0 for choice in losses)
+    assert len(losses) <= rounds + 1
+    for choice, later in itertools.pairwise(task.seen[: len(losses)]):
+        best = min(task.seen[: task.seen.index(later)], key=losses.__getitem__)
+        assert choice == best or losses[choice] >= losses[best]
+    if found.choice == first:
+        assert found.before == first
+        assert found.expected == 1.0
+    else:
+        assert losses[found.choice] < losses[found.before]
+        assert found.expected < 1.0
+
+
+@pytest.mark.parametrize("alike", [0.7, 0.3, 0.0])
+@pytest.mark.parametrize("seed", range(5))
+def test_steps_come_near_the_best_of_all_choices(seed: int, alike: float) -> None:
+    task = Task(seed, alike)
+    found = refine((1,) * UNITS, task.costs, task.prices, 16.0, task.look, task.gradient, 40)
+    everything = [c for c in itertools.product(range(CANDIDATES), repeat=UNITS) if task.price(c) <= 16.0]
+    losses = sorted(task.look(choice)[0] for choice in everything)
+    assert len(everything) == 1832
+    assert task.look(found.choice)[0] <= losses[18], "among the best hundredth"
+
+
+def test_steps_that_are_too_large_are_halved_and_one_change_in_vain_is_the_end() -> None:
+    """A gradient that promises what no change keeps."""
+    seen: list[tuple[int, ...]] = []
+
+    def look(choice: tuple[int, ...]) -> tuple[float, None]:
+        seen.append(choice)
+        return 1.0 + sum(choice), None
+
+    slope = torch.tensor([[0.0, -float(unit + 2)] for unit in range(32)])
+    nothing = torch.zeros(32, 2)
+    found = refine((0,) * 32, nothing, nothing, 1.0, look, lambda *_: slope, 10)
+    assert [sum(choice) for choice in seen] == [0, 4, 2, 1]
+    assert [choice.index(1) for choice in seen[1:]] == [28, 30, 31], "those that promise most"
+    assert found.choice == found.before == (0,) * 32
+
+
+def test_where_nothing_is_to_be_won_nothing_is_looked_at() -> None:
+    task = Task(0)
+    costs = torch.full((UNITS, CANDIDATES), 100.0).double()
+    costs[:, 1] = 0.0
+    found = refine((1,) * UNITS, costs, task.prices, 16.0, task.look, task.gradient, 10)
+    assert found.choice == (1,) * UNITS
+    assert len(task.seen) == 1
