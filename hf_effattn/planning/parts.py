@@ -53,7 +53,7 @@ def divergence_gradient(
     total, number = torch.zeros_like(values), 0
     for (probe, dense), past in zip(texts, pasts, strict=True):
         for part, begin, cache in _behind(probe, past, STEEP):
-            leaf = values.to(model.device).requires_grad_()
+            leaf = values.to(model.device).detach().clone().requires_grad_()
             with torch.enable_grad():
                 gates.set(leaf)
                 logits = _logits(model, part, cache)[part.is_text]
@@ -86,7 +86,8 @@ def _behind(probe: Probe, past: Past, number: int = PARTS) -> Iterator[tuple[Pro
     """Yield parts of a text, where they begin, and a cache of what is before them."""
     for part, begin in parts(probe, past, number):
         cache: Any = copy.deepcopy(past.cache)
-        cache.crop(begin - probe.start)
+        if begin < probe.start:  # states that are native to the model cannot be cropped
+            cache.crop(begin - probe.start)
         yield part, begin, cache
 
 

@@ -44,7 +44,7 @@ class Recall:
         """
         total = torch.zeros_like(values)
         for index in range(len(self.probes)):
-            leaf = values.to(self.model.device).requires_grad_()
+            leaf = values.to(self.model.device).detach().clone().requires_grad_()
             with torch.enable_grad():
                 gates.set(leaf)
                 loss = self._loss(index)

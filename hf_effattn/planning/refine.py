@@ -23,7 +23,8 @@ class Refined(NamedTuple):
     Args:
         choice: Index of a candidate of each unit.
         before: The choice from which the last step led to it; itself if there was none.
-        expected: How much of the loss of that choice was expected to be left.
+        expected: How much of the loss of that choice was expected to be left, once the gain that a step promises is
+            counted as far as the steps before it kept what they promised.
     """
 
     choice: tuple[int, ...]
@@ -45,8 +46,8 @@ def refine(
     Around a choice a the loss of another one b is expected to be `L(a) + Σ_u (g_u,b - g_u,a + κ|c_u,b - c_u,a|)`, with
     the gradient g of the loss in the choices of units u and their costs c: in the second order a change costs what it
     does by itself where the gradient is nothing, or, as changes repeat each other, a part κ of it. A knapsack finds the
-    best choice that differs from a in some units at most. If it is not better when it is looked at, they become half as
-    many; if it is better than expected, or if none is expected to be better, κ is halved.
+    best choice that differs from a in some units at most. If it is not better when it is looked at, or was looked at before,
+    they become half as many; if it is better than expected, or if none is expected to be better, κ is halved.
 
     Args:
         choice: The first one.
@@ -59,21 +60,32 @@ def refine(
     """
     loss, known = look(choice)
     slope, most, before, expected, bend = None, max(len(choice) // SHARE, 4), choice, 1.0, 1.0
+    promised, kept, looked = 0.0, 0.0, {choice}
+    if loss <= 0:
+        return Refined(choice, before, expected)
     with tqdm(range(rounds), desc="refining", unit="round") as bar:
         for _ in bar:
             bar.set_postfix(lost=f"{loss:.4f}")
             slope = gradient(choice, known) if slope is None else slope
-            found, less = choice, 0.0
-            while found == choice and bend >= LEAST_BEND:
+            found, less = _step(choice, slope, bend * costs, prices, limit, most)
+            while bend > LEAST_BEND if less >= 0 else found in looked:
+                if less >= 0:
+                    bend = max(bend / 2, LEAST_BEND)
+                else:
+                    most = _changes(found, choice) // 2
                 found, less = _step(choice, slope, bend * costs, prices, limit, most)
-                bend = bend / 2 if found == choice else bend
-            if found == choice:
+            if less >= 0:
                 break
             new, seen = look(found)
+            looked.add(found)
+            trust = min(max(kept / promised, 0.0), 1.0) if promised else 1.0
+            promised, kept = promised - less, kept + loss - new
             if new < loss:
-                bend = bend / 2 if new < loss + less else bend
-                before, expected = choice, (loss + less) / loss
+                bend = max(bend / 2, LEAST_BEND) if new < loss + less else bend
+                before, expected = choice, max(loss + trust * less, 0.0) / loss
                 choice, loss, known, slope = found, new, seen, None
+                if loss <= 0:
+                    break
             else:
                 most = _changes(found, choice) // 2
                 if not most:
@@ -95,7 +107,7 @@ def _step(
         assert indices is not None, "the choice itself keeps the limit"
         return tuple(indices)
 
-    best, low, high = found(0.0), 0.0, float(change.abs().max())
+    best, low, high = found(0.0), 0.0, float(-change.min())
     if _changes(best, choice) > most:
         best = choice
         for _ in range(HALVINGS):

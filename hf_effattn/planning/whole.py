@@ -68,6 +68,7 @@ class Whole:
             for (probe, dense), own in zip(self.texts, pasts, strict=False)
         ]
         answers = torch.tensor([_answers(probe, past) for probe, past in zip(self.probes, pasts, strict=True)])
+        pasts = [past._replace(logits=past.logits[:0]) for past in pasts]  # much memory
         return Seen(sum(found) / len(found), (answers - self.dense).clamp(min=0), pasts)
 
     def gradient(self, values: torch.Tensor, seen: Seen, recall_weight: float) -> torch.Tensor:
