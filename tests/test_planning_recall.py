@@ -264,6 +264,33 @@ def test_the_gradient_of_the_divergence_is_what_small_changes_do() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+@every_family
+def test_gates_have_gradients_in_every_family(variant: str) -> None:
+    """Of what the end of a text and its answers lose, as small changes say: too small to move tokens to other experts.
+    Of texts behind states that are native to the model there is one part. Some families compute gates of their own in
+    single precision, which rounds losses to 5e-8 here."""
+    model, own = copy.deepcopy(model_of(variant, None)).double(), probe()
+    model.set_experts_implementation("eager")  # others know no double precision
+    own = own._replace(is_text=~own.is_answer)
+    dense = read(model, own)
+    if dense.cache is None:
+        pytest.skip("what this family caches is not what its layers attend to: its plans have no gates")
+    units, candidates = units_of(model, by_head=False), [DENSE, SHORT]
+    values, recall = torch.full((len(units), 2), 0.5, dtype=torch.float64), Recall(model, [own])
+    least, step = torch.zeros(1), 1e-4 * torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    with gated(model, units, candidates, LENGTH) as gates:
+        gates.set(values)
+        assert divergence(model, [(own, dense)]) >= 0.0
+        steep = divergence_gradient(model, gates, values, [(own, dense)], [dense])
+        slope = recall.gradient(gates, values, least)
+        ahead, behind = (float(recall.losses(gates, values + sign * step)) for sign in (1, -1))
+    assert values.is_leaf
+    assert not values.requires_grad
+    assert steep.isfinite().all()
+    assert float(steep.abs().max()) > 0.0
+    assert float((slope * step).sum()) == pytest.approx((ahead - behind) / 2, rel=0.01, abs=5e-8)
+
+
 def test_whole_texts_are_read_with_the_choice_and_compared_with_the_dense_model() -> None:
     model, own, dense = text_and_model()
     other = probe()

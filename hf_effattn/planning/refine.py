@@ -46,8 +46,8 @@ def refine(
     Around a choice a the loss of another one b is expected to be `L(a) + Σ_u (g_u,b - g_u,a + κ|c_u,b - c_u,a|)`, with
     the gradient g of the loss in the choices of units u and their costs c: in the second order a change costs what it
     does by itself where the gradient is nothing, or, as changes repeat each other, a part κ of it. A knapsack finds the
-    best choice that differs from a in some units at most. If it is not better when it is looked at, or was looked at before,
-    they become half as many; if it is better than expected, or if none is expected to be better, κ is halved.
+    best choice that differs from a in some units at most. If it is not better when it is looked at, or was looked at
+    before, they become half as many; if it is better than expected, or if none is expected to be better, κ is halved.
 
     Args:
         choice: The first one.
