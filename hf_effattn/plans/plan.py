@@ -128,8 +128,8 @@ class Plan:
         return rows
 
     def for_budget(self, budget: str | int | Budget) -> Plan:
-        """Return the plan for another budget of the same unit, from the same measurements, which is not refined; its own loss is predicted
-        only.
+        """Return the plan for another budget of the same unit, from the same measurements, which is not refined; its own
+        loss is predicted only.
 
         Raises:
             ValueError: for a budget that no choice keeps, or of another unit.
