@@ -128,7 +128,7 @@ class Plan:
         return rows
 
     def for_budget(self, budget: str | int | Budget) -> Plan:
-        """Return the plan for another budget of the same unit, from the same measurements, which is not refined; its own
+        """Return the plan for another budget of the same unit, from the same measurements, not refined; its own
         loss is predicted only.
 
         Raises:
