@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from small import PROSE, small_model, small_tokenizer
-from test_families import every_family, model_of
+from test_families import VARIANTS, every_family, model_of
 from torch.nn.functional import one_hot
 
 from hf_effattn import LinearConfig, SparseConfig
@@ -33,6 +33,38 @@ DENSE = Candidate("dense", None)
 SHORT, LONG = (Candidate(f"w{n}", SparseConfig(window=n, num_sinks=1)) for n in (3, 11))
 LINEAR = Candidate("linear", LinearConfig(window=4))
 LENGTH, START = 41, 23
+# Families that cache what keys and values are made of, keys of each query head, or only those in a window of their own.
+WITHOUT_GATES = (
+    "afmoe",
+    "axk1",
+    "bailing_hybrid",
+    "beam",
+    "cohere2",
+    "cohere2_moe",
+    "cwm",
+    "deepseek_v2",
+    "deepseek_v3",
+    "exaone4",
+    "exaone_moe",
+    "falcon-grouped",
+    "gemma3_text",
+    "gemma4_text",
+    "gemma4_unified_text",
+    "glm4_moe_lite",
+    "jetmoe",
+    "kimi_linear",
+    "kolibri1",
+    "llama4_text",
+    "longcat_flash",
+    "minicpm3",
+    "ministral",
+    "mistral",
+    "modernbert-decoder",
+    "moshi",
+    "olmo3",
+    "youtu",
+)
+with_gates = pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in WITHOUT_GATES])
 
 
 def probe(length: int = LENGTH, start: int = START, vocabulary: int = 90) -> Probe:
@@ -73,18 +105,26 @@ def check_gates(model: Any, candidates: list[Candidate], by_head: bool) -> None:
 
 
 @every_family
+def test_families_have_gates_where_they_cache_what_layers_attend_to(variant: str) -> None:
+    assert (read(model_of(variant, None), probe()).cache is None) == (variant in WITHOUT_GATES)
+
+
+@with_gates
 def test_closed_and_open_gates_are_a_choice(variant: str) -> None:
-    model = model_of(variant, None)
-    if read(model, probe()).cache is None:
-        pytest.skip("what this family caches is not what its layers attend to: its plans have no gates")
-    check_gates(model, [DENSE, SHORT, LONG], by_head=False)
+    check_gates(model_of(variant, None), [DENSE, SHORT, LONG], by_head=False)
 
 
-@pytest.mark.parametrize("candidates", [[DENSE, SHORT, LONG], [LONG, DENSE], [DENSE, LINEAR, SHORT]])
-@pytest.mark.parametrize("by_head", [False, True])
+@pytest.mark.parametrize(
+    ("candidates", "by_head"),
+    [
+        ([DENSE, SHORT, LONG], False),
+        ([DENSE, SHORT, LONG], True),
+        ([LONG, DENSE], False),
+        ([LONG, DENSE], True),
+        ([DENSE, LINEAR, SHORT], False),  # heads have windows only
+    ],
+)
 def test_gates_are_of_layers_or_heads_and_of_all_candidates(candidates: list[Candidate], by_head: bool) -> None:
-    if by_head and LINEAR in candidates:
-        pytest.skip("heads have windows")
     check_gates(small_model(TOKENIZER, num_hidden_layers=3), candidates, by_head)
 
 
@@ -210,12 +250,10 @@ def test_parts_of_a_text_are_compared_with_what_the_dense_model_made_of_them() -
     assert [begin for _, begin in parts(own, past)] == [own.start]
 
 
-@every_family
+@with_gates
 def test_what_a_choice_reads_is_what_it_goes_on_from(variant: str) -> None:
     """Keys and values that converted layers attended to, behind which the end is as if all was read at once."""
     model, own = model_of(variant, None), probe()
-    if read(model, own).cache is None:
-        pytest.skip("what this family caches is not what its layers attend to: its plans have no gates")
     units = units_of(model, by_head=False)
     dense = read(model, own)
     assign(model, dict.fromkeys(units, LONG) | {units[0]: DENSE})
@@ -264,7 +302,7 @@ def test_the_gradient_of_the_divergence_is_what_small_changes_do() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-@every_family
+@with_gates
 def test_gates_have_gradients_in_every_family(variant: str) -> None:
     """Of what the end of a text and its answers lose, as small changes say: too small to move tokens to other experts.
     Of texts behind states that are native to the model there is one part. Some families compute gates of their own in
@@ -273,8 +311,6 @@ def test_gates_have_gradients_in_every_family(variant: str) -> None:
     model.set_experts_implementation("eager")  # others know no double precision
     own = own._replace(is_text=~own.is_answer)
     dense = read(model, own)
-    if dense.cache is None:
-        pytest.skip("what this family caches is not what its layers attend to: its plans have no gates")
     units, candidates = units_of(model, by_head=False), [DENSE, SHORT]
     values, recall = torch.full((len(units), 2), 0.5, dtype=torch.float64), Recall(model, [own])
     least, step = torch.zeros(1), 1e-4 * torch.tensor([-1.0, 1.0], dtype=torch.float64)
