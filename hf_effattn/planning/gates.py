@@ -85,6 +85,14 @@ class Gates:
         for index, layer in self.layers.items():
             layer.gates = gates[self.rows[index]]
 
+    @contextmanager
+    def at(self, gates: torch.Tensor) -> Iterator[torch.Tensor]:
+        """Let the layers attend as `gates` say; yield a copy, in which what is computed inside has gradients."""
+        with torch.enable_grad():
+            leaf = gates.detach().clone().requires_grad_()
+            self.set(leaf)
+            yield leaf
+
 
 @contextmanager
 def gated(

@@ -95,9 +95,7 @@ def read(model: PreTrainedModel, probe: Probe, keeps_cache: bool = True) -> Past
     before = probe.start - probe.first
     with _keys_kept(model) as found:
         logits = model(ids[:, : probe.start], past_key_values=cache, logits_to_keep=max(before, 1)).logits[0, :before]
-    kept = copy.deepcopy(cache)
-    for index, layer in found.items():
-        kept.layers[index] = layer
+    kept = copy.deepcopy(cache, {id(cache.layers[index]): layer for index, layer in found.items()})
     if not _can_be_taken_over(model, kept):
         return Past(None, logits_of(model, probe))
     return Past(kept, torch.cat((logits, model(ids[:, probe.start :], past_key_values=cache).logits[0])))

@@ -53,9 +53,7 @@ def divergence_gradient(
     total, number = torch.zeros_like(values), 0
     for (probe, dense), past in zip(texts, pasts, strict=True):
         for part, begin, cache in _behind(probe, past, STEEP):
-            leaf = values.to(model.device).detach().clone().requires_grad_()
-            with torch.enable_grad():
-                gates.set(leaf)
+            with gates.at(values.to(model.device)) as leaf:
                 logits = _logits(model, part, cache)[part.is_text]
                 wanted = dense.logits[begin : begin + len(part.is_text)][part.is_text]
                 found, expected = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, wanted))

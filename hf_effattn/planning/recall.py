@@ -44,9 +44,7 @@ class Recall:
         """
         total = torch.zeros_like(values)
         for index in range(len(self.probes)):
-            leaf = values.to(self.model.device).detach().clone().requires_grad_()
-            with torch.enable_grad():
-                gates.set(leaf)
+            with gates.at(values.to(self.model.device)) as leaf:
                 loss = self._loss(index)
             if float(loss.detach()) > float(least[index]) - ROUNDING:
                 total += torch.autograd.grad(loss, leaf)[0].cpu() / len(self.probes)

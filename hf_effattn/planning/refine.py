@@ -61,35 +61,30 @@ def refine(
     loss, known = look(choice)
     slope, most, before, expected, bend = None, max(len(choice) // SHARE, 4), choice, 1.0, 1.0
     promised, kept, looked = 0.0, 0.0, {choice}
-    if loss <= 0:
-        return Refined(choice, before, expected)
-    with tqdm(range(rounds), desc="refining", unit="round") as bar:
-        for _ in bar:
+    with tqdm(total=rounds, desc="refining", unit="round") as bar:
+        while loss > 0 and most and len(looked) <= rounds:
             bar.set_postfix(lost=f"{loss:.4f}")
             slope = gradient(choice, known) if slope is None else slope
             found, less = _step(choice, slope, bend * costs, prices, limit, most)
-            while bend > LEAST_BEND if less >= 0 else found in looked:
-                if less >= 0:
-                    bend = max(bend / 2, LEAST_BEND)
-                else:
-                    most = _changes(found, choice) // 2
-                found, less = _step(choice, slope, bend * costs, prices, limit, most)
-            if less >= 0:
+            if less >= 0 and bend <= LEAST_BEND:
                 break
+            if less >= 0:
+                bend = max(bend / 2, LEAST_BEND)
+                continue
+            if found in looked:
+                most = _changes(found, choice) // 2
+                continue
             new, seen = look(found)
             looked.add(found)
+            bar.update()
             trust = min(max(kept / promised, 0.0), 1.0) if promised else 1.0
             promised, kept = promised - less, kept + loss - new
-            if new < loss:
-                bend = max(bend / 2, LEAST_BEND) if new < loss + less else bend
-                before, expected = choice, max(loss + trust * less, 0.0) / loss
-                choice, loss, known, slope = found, new, seen, None
-                if loss <= 0:
-                    break
-            else:
+            if new >= loss:
                 most = _changes(found, choice) // 2
-                if not most:
-                    break
+                continue
+            bend = max(bend / 2, LEAST_BEND) if new < loss + less else bend
+            before, expected = choice, max(loss + trust * less, 0.0) / loss
+            choice, loss, known, slope = found, new, seen, None
     return Refined(choice, before, expected)
 
 

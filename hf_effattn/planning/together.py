@@ -105,11 +105,11 @@ def _between(
 
         def whole(values: torch.Tensor) -> float:
             gates.set(values)
-            found = [
+            divergences = [
                 loss_of(logits_of(model, probe), probe.since(probe.first), past.logits).divergence
                 for probe, past in texts
             ]
-            return sum(found) / len(found)
+            return sum(divergences) / len(divergences)
 
         pairs = [(moved(everywhere[name]), found.measured[name].divergence) for name in changed]
 
@@ -121,14 +121,17 @@ def _between(
                 pairs.append((parts, whole(values)))
             return parts * ratio_at(ratios(*zip(*pairs, strict=True)), parts)
 
+        expected: dict[tuple[int, ...], float] = {}  # plans tell the recall of calibration texts
+
         def lost(values: torch.Tensor) -> float:
             """Return what a choice loses. That some answers get likelier than they were does not make up for others."""
-            return spread(values) + weight * float((recall.losses(gates, values) - before).clamp(min=0).mean())
+            text, answers = spread(values), recall.losses(gates, values) - before
+            own = float(answers[: len(texts)].mean().clamp(min=0))
+            expected[tuple(values.argmax(1).tolist())] = text + weight * own
+            return text + weight * float(answers.clamp(min=0).mean())
 
         limit = found.budget.limit - found.fixed_price
         way = frank_wolfe(
             costs, prices, limit, dense, lost, lambda x: weight * recall.gradient(gates, x, before), rounds
         )
-        chosen = one_hot(torch.tensor(way.choice), len(names)).float()
-        answers = (recall.losses(gates, chosen) - before)[: len(texts)]  # plans tell the recall of calibration texts
-        return way, spread(chosen) + weight * float(answers.mean().clamp(min=0))
+        return way, expected[way.choice]

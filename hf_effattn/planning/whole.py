@@ -9,12 +9,12 @@ import torch
 from transformers import PreTrainedModel
 
 from ..convert import revert_attention
+from ..plans import Loss
 from ..plans.heads import Unit
 from .candidates import Candidate
 from .gates import gated
 from .measure import Past, assign, loss_of, read
 from .parts import Text, divergence_gradient
-from .probes import Probe
 from .recall import Recall
 
 
@@ -25,7 +25,7 @@ class Seen(NamedTuple):
         divergence: Of the calibration texts, in nats a token.
         answers: Nats that a token of an answer loses more than in the dense model, of each text; those that got
             likelier lose nothing.
-        pasts: Of each text, with the keys and values that the choice made of it.
+        pasts: Of each text, with the keys and values that the choice made of it, and no logits.
     """
 
     divergence: float
@@ -56,20 +56,21 @@ class Whole:
     ) -> None:
         self.model, self.units, self.candidates, self.length = model, units, candidates, length
         self.texts, self.probes = texts, [probe for probe, _ in (*texts, *others)]
-        self.dense = torch.tensor([_answers(probe, past) for probe, past in (*texts, *others)])
+        self.logits = [past.logits for _, past in (*texts, *others)]
+        self.dense = torch.tensor([self._loss(index, own).recall for index, own in enumerate(self.logits)])
 
     def look(self, choice: Sequence[int]) -> Seen:
         """Return what a choice, an index of a candidate for each unit, makes of the texts."""
         assign(self.model, {unit: self.candidates[index] for unit, index in zip(self.units, choice, strict=True)})
-        pasts = [read(self.model, probe) for probe in self.probes]
+        losses, pasts = [], []
+        for index, probe in enumerate(self.probes):
+            past = read(self.model, probe)
+            losses.append(self._loss(index, past.logits))
+            pasts.append(past._replace(logits=past.logits[:0]))  # much memory
         revert_attention(self.model)
-        found = [
-            loss_of(own.logits, probe.since(probe.first), dense.logits).divergence
-            for (probe, dense), own in zip(self.texts, pasts, strict=False)
-        ]
-        answers = torch.tensor([_answers(probe, past) for probe, past in zip(self.probes, pasts, strict=True)])
-        pasts = [past._replace(logits=past.logits[:0]) for past in pasts]  # much memory
-        return Seen(sum(found) / len(found), (answers - self.dense).clamp(min=0), pasts)
+        divergence = sum(loss.divergence for loss in losses[: len(self.texts)]) / len(self.texts)
+        answers = torch.tensor([loss.recall for loss in losses])
+        return Seen(divergence, (answers - self.dense).clamp(min=0), pasts)
 
     def gradient(self, values: torch.Tensor, seen: Seen, recall_weight: float) -> torch.Tensor:
         """Return the gradient of the loss in gates at those of a choice, `[units, candidates]`; what is before parts of
@@ -79,6 +80,6 @@ class Whole:
             slope = divergence_gradient(self.model, gates, values, self.texts, seen.pasts[: len(self.texts)])
             return slope + recall_weight * recall.gradient(gates, values, self.dense)
 
-
-def _answers(probe: Probe, past: Past) -> float:
-    return loss_of(past.logits, probe.since(probe.first), past.logits).recall
+    def _loss(self, index: int, logits: torch.Tensor) -> Loss:
+        probe = self.probes[index]
+        return loss_of(logits, probe.since(probe.first), self.logits[index])
