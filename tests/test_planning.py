@@ -336,6 +336,7 @@ def test_the_same_measurements_serve_other_budgets(model: Any) -> None:
     cheaper = found.for_budget("15%")
     assert cheaper.price <= 0.15 * model.attention_report(LENGTH).cache_bytes
     assert "this plan" not in cheaper.measured
+    assert found.for_budget("40%") == found, "with what was refined and measured"
     assert cheaper.predicted >= found.predicted - 1e-9
     with pytest.raises(ValueError, match="plan again for seconds"):
         found.for_budget("10 tokens/s")

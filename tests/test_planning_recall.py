@@ -11,10 +11,12 @@ from small import PROSE, small_model, small_tokenizer
 from test_families import VARIANTS, every_family, model_of
 from torch.nn.functional import one_hot
 
+import hf_effattn
 from hf_effattn import LinearConfig, SparseConfig
 from hf_effattn.architectures import head_counts
 from hf_effattn.evaluation.haystack import ADJECTIVES, NOUNS
 from hf_effattn.evaluation.variants import is_converted
+from hf_effattn.planning import together
 from hf_effattn.planning.candidates import Candidate, read_candidates
 from hf_effattn.planning.frank_wolfe import frank_wolfe
 from hf_effattn.planning.gates import can_be_gated, gated
@@ -22,6 +24,7 @@ from hf_effattn.planning.measure import assign, end_logits, logits_of, loss_of, 
 from hf_effattn.planning.parts import STEEP, divergence, divergence_gradient, parts
 from hf_effattn.planning.probes import ASKED, NEEDLE, NOISE, QUESTION, SAID, THINGS, Probe, make_asked, make_probes
 from hf_effattn.planning.recall import Recall
+from hf_effattn.planning.refine import Refined
 from hf_effattn.planning.whole import Whole
 from hf_effattn.plans import choose
 from hf_effattn.plans.heads import Unit
@@ -347,7 +350,32 @@ def test_whole_texts_are_read_with_the_choice_and_compared_with_the_dense_model(
     for found, lost, before in zip(seen.answers, (expected.recall, answers.recall), dense_recall, strict=True):
         assert float(found) == pytest.approx(max(lost - before, 0.0), abs=1e-5)
     values = one_hot(torch.tensor(chosen), 3).double()
-    slopes = [whole.gradient(values, seen, weight) for weight in (0.0, 0.5, 1.0)]
+    slope = whole.gradient(values, seen, 0.5)
     assert not is_converted(model)
-    assert float((slopes[2] - slopes[0]).abs().max()) > 1e-6, "recall counts"
-    torch.testing.assert_close(slopes[1], (slopes[0] + slopes[2]) / 2)
+    with gated(model, units, candidates, 700) as gates:
+        steep = divergence_gradient(model, gates, values, [(own, dense)], seen.pasts[:1])
+        recall = Recall(model, [own, other], seen.pasts).gradient(gates, values, whole.dense)
+    torch.testing.assert_close(slope, steep + 0.5 * recall)
+    assert float(recall.abs().max()) > 1e-6
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_a_plan_is_the_choice_that_was_refined(monkeypatch: pytest.MonkeyPatch, changes: bool) -> None:
+    """It is to lose what the last step left to expect; where nothing was changed, what the search expected."""
+    model, lost = small_model(TOKENIZER, num_hidden_layers=3), []
+    expected: list[tuple[int, ...]] = []
+
+    def refined(choice: tuple[int, ...], costs: Any, prices: Any, limit: float, look: Any, *_: Any) -> Refined:
+        new = tuple((index + changes) % costs.shape[1] for index in choice)
+        lost.extend((look(choice)[0], look(new)[0]))
+        expected.append(new)
+        return Refined(new, choice, 0.5)
+
+    monkeypatch.setattr(together, "refine", refined)
+    windows = ["sparse:window=16", "sparse:window=160"]
+    found = hf_effattn.plan(model, [PROSE * 8], "60%", 640, windows, tokenizer=TOKENIZER, number=1, recall_weight=0)
+    names = list(found.candidates)
+    assert [names.index(row.choice) for row in found.layers] == list(expected[0])
+    assert found.measured["this plan"].divergence == pytest.approx(lost[1], rel=1e-4)
+    before = found.predicted - found.start
+    assert before == pytest.approx(0.5 * lost[0], rel=1e-4) if changes else before == pytest.approx(lost[0], rel=0.3)

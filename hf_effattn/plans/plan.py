@@ -129,7 +129,7 @@ class Plan:
 
     def for_budget(self, budget: str | int | Budget) -> Plan:
         """Return the plan for another budget of the same unit, from the same measurements, not refined; its own
-        loss is predicted only.
+        loss is predicted only. For the budget that it was made and measured for it is the plan itself.
 
         Raises:
             ValueError: for a budget that no choice keeps, or of another unit.
@@ -137,6 +137,8 @@ class Plan:
         wanted = Budget.parse(budget, round(self.dense_price))
         if wanted.unit != self.budget.unit:
             raise ValueError(f"the prices of this plan are in {self.budget.unit}; plan again for {wanted.unit}")
+        if wanted == self.budget and PLAN in self.measured:
+            return self
         names = list(self.candidates)
         costs = [[layer.costs[name] for name in names] for layer in self.layers]
         prices = [[layer.prices[name] for name in names] for layer in self.layers]
