@@ -287,7 +287,7 @@ def test_a_killed_run_goes_on_where_it_was(model: Any, tmp_path: Path, monkeypat
     def refuse(*_: Any) -> Any:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr("hf_effattn.planning.search.loss_of", refuse)
+    monkeypatch.setattr("hf_effattn.planning.measurements.loss_of", refuse)
     monkeypatch.setattr("hf_effattn.planning.measure.loss_of", refuse)
     assert planned(model, out=half.parent).layers == whole.layers
 
@@ -333,6 +333,7 @@ def test_a_plan_is_a_variant_of_evaluation(model: Any, tmp_path: Path) -> None:
 
 def test_the_same_measurements_serve_other_budgets(model: Any) -> None:
     found = planned(model, "40%")
+    assert found.model_type == "llama"
     cheaper = found.for_budget("15%")
     assert cheaper.price <= 0.15 * model.attention_report(LENGTH).cache_bytes
     assert "this plan" not in cheaper.measured
@@ -344,7 +345,7 @@ def test_the_same_measurements_serve_other_budgets(model: Any) -> None:
 
 def test_a_speed_is_a_budget(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = iter([4.0, 1.0, 2.0, 1.5])  # of dense attention, then of the candidates
-    monkeypatch.setattr("hf_effattn.planning.search.step_seconds", lambda *_: next(seconds))
+    monkeypatch.setattr("hf_effattn.planning.measurements.step_seconds", lambda *_: next(seconds))
     found = planned(model, "0.5 tokens/s")
     assert found.budget == Budget("seconds", 2.0)
     assert found.price <= 2.0
@@ -382,7 +383,7 @@ def test_what_is_no_budget_is_told(text: Any) -> None:
 def test_budgets_that_cannot_be_kept_are_told_before_anything_is_measured(
     model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hf_effattn.planning.search.loss_of", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr("hf_effattn.planning.measurements.loss_of", lambda *_: pytest.fail("measured"))
     with pytest.raises(ValueError, match="cannot be kept: the cheapest candidates need"):
         planned(model, "0.1%")
     assert not hasattr(model.config, "effattn")

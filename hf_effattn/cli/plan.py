@@ -11,6 +11,7 @@ from rich.console import Console
 from ..planning import plan
 from ..planning.candidates import check_for_heads, read_candidates
 from ..planning.search import RECALL_WEIGHT, ROUNDS
+from ..plans import Plan
 from ..plotting import new_figure
 from .common import DTYPES, Loader, check_device, check_dtype, length_of, told_plainly
 
@@ -38,6 +39,9 @@ def add(app: typer.Typer, loader: Loader, default_model: str | None) -> None:
         by_head: Annotated[bool, typer.Option("--by-head", help="Choose for each head, not for each layer.")] = False,
         measured: Annotated[int, typer.Option(min=1, help="Tokens of each text that changes are measured on.")] = 512,
         seed: Annotated[int, typer.Option(help="Of what is hidden in the texts.")] = 42,
+        earlier: Annotated[
+            Path | None, typer.Option(help="A plan.json with the same choices, for any budget, to go on from.")
+        ] = None,
         dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bfloat16",
         device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",
         out: Annotated[
@@ -53,6 +57,7 @@ def add(app: typer.Typer, loader: Loader, default_model: str | None) -> None:
                 if by_head:
                     check_for_heads(given)
             new_figure()  # rather now than after an hour, if there is no matplotlib
+            before = None if earlier is None else Plan.load(earlier)
             net, tokenizer = loader(model, kind, device)
             found = plan(
                 net,
@@ -68,6 +73,7 @@ def add(app: typer.Typer, loader: Loader, default_model: str | None) -> None:
                 measured=measured,
                 out=out,
                 seed=seed,
+                earlier=before,
             )
             found.save(out / "plan.json")
             found.plot(out / "plan.png")

@@ -39,7 +39,7 @@ def priced(
         TypeError, ValueError: for what is no budget, and a speed as that of single heads.
     """
     assign(model, {})
-    report = attention_report(model, context_length)
+    report, model_type = attention_report(model, context_length), str(model.config.model_type)
     budget = Budget.parse(wanted, report.cache_bytes)
     dense_price, fixed = float(report.cache_bytes), 0.0
     if budget.unit == BYTES:
@@ -54,7 +54,7 @@ def priced(
         each = {name: seconds(name) / len(units) for name in candidates}
         prices = dict.fromkeys(units, each)
     return Plan(
-        model_type=str(model.config.model_type),
+        model_type=model_type,
         num_layers=len(find_targets(model).natives),
         context_length=context_length,
         budget=budget,

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm.auto import tqdm
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import head_counts
-from ..config import MechanismConfig, SparseConfig
+from ..config import MechanismConfig
 from ..convert import revert_attention
 from ..evaluation.variants import is_converted
 from ..notation import whole_number
-from ..plans import DENSE, PLAN, Budget, Loss, Plan
+from ..plans import DENSE, PLAN, Budget, Plan
 from ..plans.heads import Unit
 from ..plans.scale import ratios
 from ..targets import choose_layers, find_targets
-from .candidates import Candidate, check_for_heads, default_candidates, read_candidates
-from .costs import Chance
+from .candidates import check_for_heads, default_candidates, read_candidates
 from .gates import can_be_gated
 from .journal import Journal, identity_of
-from .measure import Choice, Past, assign, logits_of, loss_of, read, single_changes, takes_over
+from .measurements import Measurements
 from .prices import priced
 from .probes import Probe, make_asked, make_probes
-from .speed import step_seconds
 from .together import choose_together
 
 logger = logging.getLogger(__name__)
@@ -52,6 +47,7 @@ def plan(
     measured: int = 512,
     out: str | Path | None = None,
     seed: int = 42,
+    earlier: Plan | None = None,
 ) -> Plan:
     """Choose the attention of each layer so that a budget is kept and as little as possible is lost.
 
@@ -82,13 +78,15 @@ def plan(
         measured: Tokens at the end of each text, before the questions, on which single changes are measured.
         out: Folder for measurements; a run that was killed goes on from it.
         seed: Of what is hidden.
+        earlier: A plan among the same candidates, for any budget and recall weight, from which steps go on without a
+            search before them.
 
     Returns:
         The plan, for `convert_attention`.
 
     Raises:
         TypeError, ValueError: for a converted model, documents that are too short or too few, budgets that cannot be
-            kept, and unknown candidates.
+            kept, unknown candidates, and an earlier plan for something else.
     """
     whole_number("context_length", context_length, 2)
     whole_number("number", number, 1)
@@ -113,141 +111,64 @@ def plan(
     was_training = model.training
     model.eval()
     try:
-        return _Search(model, units, found, probes, asked, journal).run(budget, rounds, recall_weight)
+        own = Measurements(model, units, found, probes, journal)
+        return _search(own, asked, budget, rounds, recall_weight, earlier)
     finally:
         revert_attention(model)
         model.train(was_training)
 
 
-class _Search:
-    """A model, its candidates and what was measured of them.
+def _search(
+    own: Measurements,
+    asked: list[Probe],
+    wanted: str | int | Budget,
+    rounds: int,
+    recall_weight: float,
+    earlier: Plan | None,
+) -> Plan:
+    model, units, candidates = own.model, own.units, list(own.candidates.values())
+    length = len(own.probes[0].ids) - 1
+    empty = priced(model, units, own.candidates, length, wanted, own.seconds, recall_weight)
+    empty.for_budget(empty.budget)  # one that cannot be kept is told before hours of measuring
+    first = None if earlier is None else _first(earlier, empty)
+    is_gated = own.has_pasts and all(map(can_be_gated, candidates))
+    if first is not None and not is_gated:
+        raise ValueError("plans with candidates, or for models, that have no gates are not refined: leave out earlier=")
+    measured = {name: own.losses(own.everywhere(name), name) for name in own.candidates}
+    start = measured[DENSE].total(recall_weight)
+    found = own.single(replace(empty, measured=measured, start=start), 0.0 if is_gated else recall_weight)
+    if is_gated:
+        revert_attention(model)
+        texts = [(probe, own.past(number)) for number, probe in enumerate(own.probes)]
+        found = choose_together(model, units, candidates, found, texts, asked, rounds, first)
+    else:
+        names = [name for name in own.candidates if name != DENSE]
+        known = ratios(map(found.sum_of, names), [found.total(name) - start for name in names])
+        found = replace(found, ratios=known).for_budget(found.budget)
+    found = replace(found, measured=measured | {PLAN: own.losses(own.choice(found), PLAN)})
+    logger.info("predicted %.5f, measured %.5f", found.predicted, found.total(PLAN))
+    return found
 
-    Args:
-        units: What candidates are chosen for.
-        probes: Calibration texts.
-        asked: Texts with answers, those of `probes` first.
-        journal: Of all measurements; those it has are not made again.
+
+def _first(earlier: Plan, empty: Plan) -> Plan:
+    """Return what an earlier plan chooses for the budget of a new one.
+
+    Raises:
+        ValueError: if they are not for the same choices.
     """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        units: list[Unit],
-        candidates: list[Candidate],
-        probes: list[Probe],
-        asked: list[Probe],
-        journal: Journal,
-    ) -> None:
-        self.model, self.units, self.journal = model, units, journal
-        self.probes, self.asked = probes, asked
-        self.candidates = {candidate.name: candidate for candidate in candidates}
-        self.dense = self.everywhere(DENSE)
-        self._pasts: dict[int, Past] = {}
-        self._take_over = all(self._takes_over(name) for name in self.candidates)
-
-    def run(self, wanted: str | int | Budget, rounds: int, recall_weight: float) -> Plan:
-        length = len(self.probes[0].ids) - 1
-        empty = priced(self.model, self.units, self.candidates, length, wanted, self._seconds, recall_weight)
-        empty.for_budget(empty.budget)  # one that cannot be kept is told before hours of measuring
-        measured = {name: self.losses(self.everywhere(name), name) for name in self.candidates}
-        start = measured[DENSE].total(recall_weight)
-        has_past = self._take_over and self.past(0).cache is not None
-        is_gated = has_past and all(map(can_be_gated, self.candidates.values()))
-        found = self.single(
-            replace(empty, measured=measured, start=start), recall_weight=0.0 if is_gated else recall_weight
-        )
-        if is_gated:
-            revert_attention(self.model)
-            candidates = list(self.candidates.values())
-            texts = [(probe, self.past(number)) for number, probe in enumerate(self.probes)]
-            found = choose_together(self.model, self.units, candidates, found, texts, self.asked, rounds)
-        else:
-            names = [name for name in self.candidates if name != DENSE]
-            known = ratios(map(found.sum_of, names), [found.total(name) - start for name in names])
-            found = replace(found, ratios=known).for_budget(found.budget)
-        found = replace(found, measured=measured | {PLAN: self.losses(self.choice(found), PLAN)})
-        logger.info("predicted %.5f, measured %.5f", found.predicted, found.total(PLAN))
-        return found
-
-    def everywhere(self, name: str) -> Choice:
-        return dict.fromkeys(self.units, self.candidates[name])
-
-    def _takes_over(self, name: str) -> bool:
-        assign(self.model, self.everywhere(name))
-        return takes_over(self.model)
-
-    def choice(self, found: Plan) -> Choice:
-        return {unit: self.candidates[row.choice] for unit, row in zip(self.units, found.layers, strict=True)}
-
-    def losses(self, choice: Choice, name: str) -> Loss:
-        """Return the mean losses of a model with this choice."""
-        keys = [f"text {number}, {_short(choice)}" for number in range(len(self.probes))]
-        missing = [number for number, key in enumerate(keys) if key not in self.journal]
-        for number in tqdm(missing, desc=name, unit="text", disable=not missing):
-            own = dense = self.past(number).logits
-            if name != DENSE:
-                assign(self.model, choice)
-                own = logits_of(self.model, self.probes[number])
-            probe = self.probes[number]
-            self.journal.add(keys[number], loss_of(own, probe.since(probe.first), dense))
-        return self._mean(keys)
-
-    def past(self, number: int) -> Past:
-        """Return what the dense model makes of a calibration text, which is kept in memory."""
-        if number not in self._pasts:
-            revert_attention(self.model)
-            self._pasts[number] = read(self.model, self.probes[number], self._take_over)
-        return self._pasts[number]
-
-    def single(self, empty: Plan, recall_weight: float) -> Plan:
-        """Return a plan with the costs of single changes of the dense model."""
-        firsts = list({unit.layer: unit for unit in reversed(self.units)}.values())
-        every_key = Candidate("every key", SparseConfig(pattern="sliding_window", window=empty.context_length))
-        unchanged, controls = (self.units[0], self.candidates[DENSE]), [(unit, every_key) for unit in firsts]
-        pairs = [(unit, c) for unit in self.units for c in self.candidates.values() if c.name != DENSE]
-        losses = self._changes([unchanged, *controls, *pairs])
-        start = losses[unchanged]
-        chance = Chance.of(start, {pair[0]: losses[pair] for pair in controls})
-        layers = []
-        for unit, row in zip(self.units, empty.layers, strict=True):
-            found = {c.name: losses.get((unit, c), start) for c in self.candidates.values()}
-            costs = {each: chance.cost(unit.layer, x, start, recall_weight) for each, x in found.items()}
-            # That a few answers are likelier if a layer forgets is chance, too, and would add up to much.
-            layers.append(replace(row, costs={each: max(cost, 0.0) for each, cost in costs.items()}))
-        return replace(empty, layers=tuple(layers))
-
-    def _changes(self, pairs: list[tuple[Unit, Candidate]]) -> dict[tuple[Unit, Candidate], Loss]:
-        """Return the mean losses of single changes of the dense model on the ends of the calibration texts."""
-        keys = {(unit, c): f"{unit} {c.name}" for unit, c in pairs}
-        with tqdm(total=len(pairs) * len(self.probes), desc="single changes", unit="change") as bar:
-            for number, probe in enumerate(self.probes):
-                missing = [pair for pair in pairs if f"end {number}, {keys[pair]}" not in self.journal]
-                bar.update(len(pairs) - len(missing))
-                if missing:
-                    for unit, candidate, loss in single_changes(
-                        self.model, probe, self.past(number), self.dense, missing
-                    ):
-                        self.journal.add(f"end {number}, {keys[unit, candidate]}", loss)
-                        bar.update()
-        numbers = range(len(self.probes))
-        return {pair: self._mean([f"end {number}, {key}" for number in numbers]) for pair, key in keys.items()}
-
-    def _seconds(self, name: str) -> float:
-        key = f"seconds {name}"
-        if key not in self.journal:
-            assign(self.model, self.everywhere(name))
-            self.journal.add(key, step_seconds(self.model, self.probes[0].ids[:-1]))
-        return float(self.journal.known[key])
-
-    def _mean(self, keys: Sequence[str]) -> Loss:
-        losses = torch.tensor([self.journal.loss(key) for key in keys], dtype=torch.float64)
-        return Loss(*losses.nanmean(dim=0).tolist())
-
-
-def _short(choice: Choice) -> str:
-    """Return a name for a choice: that of its candidate if there is one in all layers."""
-    names = [candidate.name for candidate in choice.values()]
-    return names[0] if len(set(names)) == 1 else hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    for name, what in (
+        ("model_type", "model type"),
+        ("num_layers", "number of layers"),
+        ("context_length", "context length"),
+        ("candidates", "candidates"),
+    ):
+        before, now = getattr(earlier, name), getattr(empty, name)
+        if before != now:
+            shown = [list(x) if isinstance(x, dict) else x for x in (before, now)]
+            raise ValueError(f"the earlier plan has another {what}: {shown[0]}, not {shown[1]}")
+    if [(x.index, x.head, x.prices) for x in earlier.layers] != [(x.index, x.head, x.prices) for x in empty.layers]:
+        raise ValueError("the earlier plan is for other layers, heads or prices: plan with its by_head, dtype and unit")
+    return earlier.for_budget(empty.budget)
 
 
 def _tokenizer(model: PreTrainedModel) -> Any:

@@ -13,7 +13,7 @@ from ..plans import DENSE, Plan
 from ..plans.heads import Unit
 from ..plans.scale import ratio_at, ratios
 from .candidates import Candidate
-from .frank_wolfe import Found, frank_wolfe
+from .frank_wolfe import frank_wolfe
 from .gates import gated
 from .measure import logits_of, loss_of
 from .parts import Text, divergence
@@ -31,6 +31,7 @@ def choose_together(
     texts: Sequence[Text],
     asked: Sequence[Probe],
     rounds: int,
+    first: Plan | None = None,
 ) -> Plan:
     """Return a plan of little divergence and recall within the budget: the best of choices that are looked at behind
     what the dense model made of texts (`frank_wolfe`), made better where each reads whole texts by itself (`refine`).
@@ -43,6 +44,7 @@ def choose_together(
         texts: Calibration texts, with what the dense model made of each.
         asked: Texts with answers; first those of `texts`.
         rounds: Of either.
+        first: What is made better, if there is something already; it keeps the budget.
     """
     names, weight = [candidate.name for candidate in candidates], found.recall_weight
     changed = [name for name in names if name != DENSE]
@@ -50,8 +52,9 @@ def choose_together(
         torch.tensor([[getattr(row, field)[name] for name in names] for row in found.layers], dtype=torch.float64)
         for field in ("costs", "prices")
     )
-    recall = Recall(model, asked)
-    way, expected = _between(model, units, candidates, found, costs, prices, texts, recall, rounds)
+    recall, expected = Recall(model, asked), None
+    if first is None:
+        first, expected = _between(model, units, candidates, found, costs, prices, texts, recall, rounds)
     others = list(zip(asked, recall.pasts, strict=True))[len(texts) :]
     whole = Whole(model, units, candidates, found.context_length, texts, others)
     del recall, others  # much memory
@@ -66,15 +69,12 @@ def choose_together(
         return whole.gradient(one_hot(torch.tensor(choice), len(names)).float(), seen, weight)
 
     limit = found.budget.limit - found.fixed_price
-    better = refine(way.choice, costs, prices, limit, look, gradient, rounds)
-    if better.choice != way.choice:
+    choice = tuple(names.index(row.choice) for row in first.layers)
+    better = refine(choice, costs, prices, limit, look, gradient, rounds)
+    if expected is None or better.choice != choice:
         expected = better.expected * seen_texts[better.before]
-    costs += (way.gradient - way.gradient[:, names.index(DENSE), None]).clamp(min=0)
-    layers = tuple(
-        replace(row, choice=names[index], costs=dict(zip(names, own.tolist(), strict=True)))
-        for row, index, own in zip(found.layers, better.choice, costs, strict=True)
-    )
-    new = replace(found, layers=layers)
+    layers = (replace(row, choice=names[index]) for row, index in zip(first.layers, better.choice, strict=True))
+    new = replace(found, layers=tuple(layers))
     sums, losses = [*map(new.sum_of, changed), new.sum], [new.total(name) - new.start for name in changed]
     return replace(new, ratios=ratios(sums, [*losses, expected]))
 
@@ -89,8 +89,8 @@ def _between(
     texts: Sequence[Text],
     recall: Recall,
     rounds: int,
-) -> tuple[Found, float]:
-    """Return a choice found between all others, and what it is expected to lose."""
+) -> tuple[Plan, float]:
+    """Return a plan found between all others, with what does not add up in its costs, and what it is to lose."""
     names, weight = [candidate.name for candidate in candidates], found.recall_weight
     everywhere = {
         name: one_hot(torch.full((len(units),), index), len(names)).float() for index, name in enumerate(names)
@@ -134,4 +134,9 @@ def _between(
         way = frank_wolfe(
             costs, prices, limit, dense, lost, lambda x: weight * recall.gradient(gates, x, before), rounds
         )
-        return way, expected[way.choice]
+        costs = costs + (way.gradient - way.gradient[:, names.index(DENSE), None]).clamp(min=0)
+        layers = tuple(
+            replace(row, choice=names[index], costs=dict(zip(names, own.tolist(), strict=True)))
+            for row, index, own in zip(found.layers, way.choice, costs, strict=True)
+        )
+        return replace(found, layers=layers), expected[way.choice]
