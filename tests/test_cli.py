@@ -149,7 +149,17 @@ def test_a_plan_is_made_and_written(tmp_path: Path) -> None:
     assert plan.price <= 0.6 * net.attention_report(2048).cache_bytes
     assert net.convert_attention(plan).attention_report(2048).cache_bytes == plan.price
     assert (tmp_path / "out" / "plan.png").stat().st_size > 5000
-    for wrong, message in ((["--budget", "much"], "a budget is"), (["--budget", "0.1%"], "cannot be kept")):
+    before = ["--earlier", str(tmp_path / "out" / "plan.json"), "--recall-weight", "0"]
+    result = CliRunner().invoke(app, [*command, "--budget", "60%", *before])
+    assert result.exit_code == 0, result.output
+    again = Plan.load(tmp_path / "out" / "plan.json")
+    assert again.recall_weight == 0
+    assert again.measured["this plan"].divergence <= plan.measured["this plan"].divergence
+    for wrong, message in (
+        (["--budget", "much"], "a budget is"),
+        (["--budget", "0.1%"], "cannot be kept"),
+        (["--earlier", "missing.json"], "missing.json"),
+    ):
         result = CliRunner().invoke(app, [*command, *wrong])
         assert result.exit_code == 2
         assert message in " ".join(result.output.split())
