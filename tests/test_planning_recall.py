@@ -354,7 +354,7 @@ def test_whole_texts_are_read_with_the_choice_and_compared_with_the_dense_model(
     assert seen.divergence == pytest.approx(expected.divergence, rel=1e-5)
     dense_recall = loss_of(dense.logits, own, dense.logits).recall, float(whole.dense[1])
     for found, lost, before in zip(seen.answers, (expected.recall, answers.recall), dense_recall, strict=True):
-        assert float(found) == pytest.approx(max(lost - before, 0.0), abs=1e-5)
+        assert float(found) == pytest.approx(lost - before, abs=1e-5)
     values = one_hot(torch.tensor(chosen), 3).double()
     slope = whole.gradient(values, seen, 0.5)
     assert not is_converted(model)
@@ -395,6 +395,11 @@ def test_an_earlier_plan_is_made_better(monkeypatch: pytest.MonkeyPatch, by_head
     again = planned(model, by_head=by_head, rounds=4, recall_weight=0, earlier=first)
     assert again.measured["this plan"].divergence <= first.measured["this plan"].divergence
     assert [row.costs for row in again.layers] == [row.costs for row in first.layers]
+    monkeypatch.setattr(together, "refine", lambda choice, *args: (args[3](choice), Refined(choice, choice, 1.0))[1])
+    as_it_was = planned(model, by_head=by_head, recall_weight=5.0, earlier=again, number=4)
+    assert [row.choice for row in as_it_was.layers] == [row.choice for row in again.layers]
+    assert as_it_was.predicted == pytest.approx(as_it_was.total("this plan"), rel=1e-4), "whole texts were looked at"
+    monkeypatch.undo()
     cheaper = planned(model, "30%", by_head=by_head, recall_weight=0, earlier=first)
     assert cheaper.price <= cheaper.budget.limit < first.price
     assign(model, {})

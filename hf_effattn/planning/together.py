@@ -62,8 +62,8 @@ def choose_together(
 
     def look(choice: tuple[int, ...]) -> tuple[float, Seen]:
         seen = whole.look(choice)
-        seen_texts[choice] = seen.divergence + weight * float(seen.answers[: len(texts)].mean())
-        return seen.divergence + weight * float(seen.answers.mean()), seen
+        seen_texts[choice] = seen.divergence + weight * max(float(seen.answers[: len(texts)].mean()), 0.0)
+        return seen.divergence + weight * float(seen.answers.clamp(min=0).mean()), seen
 
     def gradient(choice: tuple[int, ...], seen: Seen) -> torch.Tensor:
         return whole.gradient(one_hot(torch.tensor(choice), len(names)).float(), seen, weight)

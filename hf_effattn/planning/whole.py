@@ -23,8 +23,7 @@ class Seen(NamedTuple):
 
     Args:
         divergence: Of the calibration texts, in nats a token.
-        answers: Nats that a token of an answer loses more than in the dense model, of each text; those that got
-            likelier lose nothing.
+        answers: Nats that a token of an answer loses more than in the dense model, of each text.
         pasts: Of each text, with the keys and values that the choice made of it, and no logits.
     """
 
@@ -70,7 +69,7 @@ class Whole:
         revert_attention(self.model)
         divergence = sum(loss.divergence for loss in losses[: len(self.texts)]) / len(self.texts)
         answers = torch.tensor([loss.recall for loss in losses])
-        return Seen(divergence, (answers - self.dense).clamp(min=0), pasts)
+        return Seen(divergence, answers - self.dense, pasts)
 
     def gradient(self, values: torch.Tensor, seen: Seen, recall_weight: float) -> torch.Tensor:
         """Return the gradient of the loss in gates at those of a choice, `[units, candidates]`; what is before parts of
