@@ -53,9 +53,17 @@ class Measurements:
         """Return what a plan chooses."""
         return {unit: self.candidates[row.choice] for unit, row in zip(self.units, found.layers, strict=True)}
 
-    def _takes_over(self, name: str) -> bool:
-        assign(self.model, self.everywhere(name))
-        return takes_over(self.model)
+    @property
+    def has_pasts(self) -> bool:
+        """Whether all candidates can go on from what the dense model made of a text."""
+        return self._take_over and self.past(0).cache is not None
+
+    def past(self, number: int) -> Past:
+        """Return what the dense model makes of a calibration text, which is kept in memory."""
+        if number not in self._pasts:
+            revert_attention(self.model)
+            self._pasts[number] = read(self.model, self.probes[number], self._take_over)
+        return self._pasts[number]
 
     def losses(self, choice: Choice, name: str) -> Loss:
         """Return the mean losses of a model with this choice."""
@@ -69,18 +77,6 @@ class Measurements:
             probe = self.probes[number]
             self.journal.add(keys[number], loss_of(own, probe.since(probe.first), dense))
         return self._mean(keys)
-
-    @property
-    def has_pasts(self) -> bool:
-        """Whether all candidates can go on from what the dense model made of a text."""
-        return self._take_over and self.past(0).cache is not None
-
-    def past(self, number: int) -> Past:
-        """Return what the dense model makes of a calibration text, which is kept in memory."""
-        if number not in self._pasts:
-            revert_attention(self.model)
-            self._pasts[number] = read(self.model, self.probes[number], self._take_over)
-        return self._pasts[number]
 
     def single(self, empty: Plan, recall_weight: float) -> Plan:
         """Return a plan with the costs of single changes of the dense model."""
@@ -99,6 +95,18 @@ class Measurements:
             layers.append(replace(row, costs={each: max(cost, 0.0) for each, cost in costs.items()}))
         return replace(empty, layers=tuple(layers))
 
+    def seconds(self, name: str) -> float:
+        """Return the time of a decoding step with a candidate in all layers."""
+        key = f"seconds {name}"
+        if key not in self.journal:
+            assign(self.model, self.everywhere(name))
+            self.journal.add(key, step_seconds(self.model, self.probes[0].ids[:-1]))
+        return float(self.journal.known[key])
+
+    def _takes_over(self, name: str) -> bool:
+        assign(self.model, self.everywhere(name))
+        return takes_over(self.model)
+
     def _changes(self, pairs: list[tuple[Unit, Candidate]]) -> dict[tuple[Unit, Candidate], Loss]:
         """Return the mean losses of single changes of the dense model on the ends of the calibration texts."""
         keys = {(unit, c): f"{unit} {c.name}" for unit, c in pairs}
@@ -114,14 +122,6 @@ class Measurements:
                         bar.update()
         numbers = range(len(self.probes))
         return {pair: self._mean([f"end {number}, {key}" for number in numbers]) for pair, key in keys.items()}
-
-    def seconds(self, name: str) -> float:
-        """Return the time of a decoding step with a candidate in all layers."""
-        key = f"seconds {name}"
-        if key not in self.journal:
-            assign(self.model, self.everywhere(name))
-            self.journal.add(key, step_seconds(self.model, self.probes[0].ids[:-1]))
-        return float(self.journal.known[key])
 
     def _mean(self, keys: Sequence[str]) -> Loss:
         losses = torch.tensor([self.journal.loss(key) for key in keys], dtype=torch.float64)

@@ -126,6 +126,7 @@ def _search(
     recall_weight: float,
     earlier: Plan | None,
 ) -> Plan:
+    """Return the plan for a budget: by prices, single changes, and then all layers together where there are gates."""
     model, units, candidates = own.model, own.units, list(own.candidates.values())
     length = len(own.probes[0].ids) - 1
     empty = priced(model, units, own.candidates, length, wanted, own.seconds, recall_weight)
