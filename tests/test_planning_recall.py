@@ -11,12 +11,10 @@ from small import PROSE, small_model, small_tokenizer
 from test_families import VARIANTS, every_family, model_of
 from torch.nn.functional import one_hot
 
-import hf_effattn
 from hf_effattn import LinearConfig, SparseConfig
 from hf_effattn.architectures import head_counts
 from hf_effattn.evaluation.haystack import ADJECTIVES, NOUNS
 from hf_effattn.evaluation.variants import is_converted
-from hf_effattn.planning import together
 from hf_effattn.planning.candidates import Candidate, read_candidates
 from hf_effattn.planning.frank_wolfe import frank_wolfe
 from hf_effattn.planning.gates import can_be_gated, gated
@@ -24,9 +22,8 @@ from hf_effattn.planning.measure import assign, end_logits, logits_of, loss_of, 
 from hf_effattn.planning.parts import STEEP, divergence, divergence_gradient, parts
 from hf_effattn.planning.probes import ASKED, NEEDLE, NOISE, QUESTION, SAID, THINGS, Probe, make_asked, make_probes
 from hf_effattn.planning.recall import Recall
-from hf_effattn.planning.refine import Refined
 from hf_effattn.planning.whole import Whole
-from hf_effattn.plans import Plan, choose
+from hf_effattn.plans import choose
 from hf_effattn.plans.heads import Unit
 from hf_effattn.targets import choose_layers, find_targets
 
@@ -86,12 +83,6 @@ def units_of(model: Any, by_head: bool) -> list[Unit]:
     if not by_head:
         return [Unit(index) for index in layers]
     return [Unit(i, head) for i in layers for head in range(head_counts(targets.modules[i], model.config)[1])]
-
-
-def planned(model: Any, budget: str = "60%", windows: tuple[int, ...] = (16, 160), **options: Any) -> Plan:
-    names = [f"sparse:window={window}" for window in windows]
-    settings = {"context_length": 640, "tokenizer": TOKENIZER, "number": 1, "rounds": 2}
-    return hf_effattn.plan(model, [PROSE * 8], budget, candidates=names, **settings | options)
 
 
 def check_gates(model: Any, candidates: list[Candidate], by_head: bool) -> None:
@@ -363,74 +354,3 @@ def test_whole_texts_are_read_with_the_choice_and_compared_with_the_dense_model(
         recall = Recall(model, [own, other], seen.pasts).gradient(gates, values, whole.dense)
     torch.testing.assert_close(slope, steep + 0.5 * recall)
     assert float(recall.abs().max()) > 1e-6
-
-
-@pytest.mark.parametrize("changes", [False, True])
-def test_a_plan_is_the_choice_that_was_refined(monkeypatch: pytest.MonkeyPatch, changes: bool) -> None:
-    """It is to lose what the last step left to expect; where nothing was changed, what the search expected."""
-    model, lost = small_model(TOKENIZER, num_hidden_layers=3), []
-    expected: list[tuple[int, ...]] = []
-
-    def refined(choice: tuple[int, ...], costs: Any, prices: Any, limit: float, look: Any, *_: Any) -> Refined:
-        new = tuple((index + changes) % costs.shape[1] for index in choice)
-        lost.extend((look(choice)[0], look(new)[0]))
-        expected.append(new)
-        return Refined(new, choice, 0.5)
-
-    monkeypatch.setattr(together, "refine", refined)
-    found = planned(model, recall_weight=0)
-    names = list(found.candidates)
-    assert [names.index(row.choice) for row in found.layers] == list(expected[0])
-    assert found.measured["this plan"].divergence == pytest.approx(lost[1], rel=1e-4)
-    before = found.predicted - found.start
-    assert before == pytest.approx(0.5 * lost[0], rel=1e-4) if changes else before == pytest.approx(lost[0], rel=0.3)
-
-
-@pytest.mark.parametrize("by_head", [False, True])
-def test_an_earlier_plan_is_made_better(monkeypatch: pytest.MonkeyPatch, by_head: bool) -> None:
-    """For its budget or another one, without a search."""
-    model = small_model(TOKENIZER, num_hidden_layers=4)
-    first = planned(model, by_head=by_head, rounds=1)
-    monkeypatch.setattr(together, "frank_wolfe", lambda *_: pytest.fail("searched"))
-    again = planned(model, by_head=by_head, rounds=4, recall_weight=0, earlier=first)
-    assert again.measured["this plan"].divergence <= first.measured["this plan"].divergence
-    assert [row.costs for row in again.layers] == [row.costs for row in first.layers]
-    monkeypatch.setattr(together, "refine", lambda choice, *args: (args[3](choice), Refined(choice, choice, 1.0))[1])
-    as_it_was = planned(model, by_head=by_head, recall_weight=5.0, earlier=again, number=4)
-    assert [row.choice for row in as_it_was.layers] == [row.choice for row in again.layers]
-    assert as_it_was.predicted == pytest.approx(as_it_was.total("this plan"), rel=1e-4), "whole texts were looked at"
-    monkeypatch.undo()
-    cheaper = planned(model, "30%", by_head=by_head, recall_weight=0, earlier=first)
-    assert cheaper.price <= cheaper.budget.limit < first.price
-    assign(model, {})
-    model.convert_attention(first.for_budget("30%"))
-    with torch.no_grad():
-        (own,) = make_probes([PROSE * 8], TOKENIZER, 640, 1, 42)
-        converted = logits_of(model, own)
-        assign(model, {})
-        unrefined = loss_of(converted, own, logits_of(model, own)).divergence
-    assert cheaper.measured["this plan"].divergence <= unrefined + 1e-6
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"context_length": 660}, "another context length: 640, not 660"),
-        ({"windows": (16, 200)}, r"another candidates: \['dense', 'sparse:window=16', 'sparse:window=160'\], not"),
-        ({"by_head": True}, "for other layers, heads or prices"),
-        ({"budget": "0.1%"}, "cannot be kept"),
-    ],
-)
-def test_earlier_plans_for_something_else_are_refused(options: dict[str, Any], message: str) -> None:
-    model = small_model(TOKENIZER, num_hidden_layers=2)
-    first = planned(model, rounds=1)
-    with pytest.raises(ValueError, match=message):
-        planned(model, earlier=first, **options)
-
-
-def test_candidates_without_gates_do_not_go_on_from_earlier_plans() -> None:
-    model = small_model(TOKENIZER, num_hidden_layers=2)
-    options = {"tokenizer": TOKENIZER, "number": 1, "candidates": ["sparse:selector=moba", "sparse:window=16"]}
-    first = hf_effattn.plan(model, [PROSE * 8], "60%", 640, **options)
-    with pytest.raises(ValueError, match="not refined: leave out earlier="):
-        hf_effattn.plan(model, [PROSE * 8], "60%", 640, earlier=first, **options)

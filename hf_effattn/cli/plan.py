@@ -40,7 +40,7 @@ def add(app: typer.Typer, loader: Loader, default_model: str | None) -> None:
         measured: Annotated[int, typer.Option(min=1, help="Tokens of each text that changes are measured on.")] = 512,
         seed: Annotated[int, typer.Option(help="Of what is hidden in the texts.")] = 42,
         earlier: Annotated[
-            Path | None, typer.Option(help="A plan.json with the same choices, for any budget, to go on from.")
+            Path | None, typer.Option(help="A plan.json among the same candidates, for any budget, to go on from.")
         ] = None,
         dtype: Annotated[str, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = "bfloat16",
         device: Annotated[str, typer.Option(help="Where the model runs.")] = "cpu",

@@ -79,7 +79,7 @@ def plan(
         out: Folder for measurements; a run that was killed goes on from it.
         seed: Of what is hidden.
         earlier: A plan among the same candidates, for any budget and recall weight, from which steps go on without a
-            search before them.
+            search before them. Single changes are measured all the same, if `out` has none.
 
     Returns:
         The plan, for `convert_attention`.
@@ -157,16 +157,11 @@ def _first(earlier: Plan, empty: Plan) -> Plan:
     Raises:
         ValueError: if they are not for the same choices.
     """
-    for name, what in (
-        ("model_type", "model type"),
-        ("num_layers", "number of layers"),
-        ("context_length", "context length"),
-        ("candidates", "candidates"),
-    ):
+    for name in ("model_type", "num_layers", "context_length", "candidates"):
         before, now = getattr(earlier, name), getattr(empty, name)
         if before != now:
             shown = [list(x) if isinstance(x, dict) else x for x in (before, now)]
-            raise ValueError(f"the earlier plan has another {what}: {shown[0]}, not {shown[1]}")
+            raise ValueError(f"the earlier plan has another {name.replace('_', ' ')}: {shown[0]}, not {shown[1]}")
     if [(x.index, x.head, x.prices) for x in earlier.layers] != [(x.index, x.head, x.prices) for x in empty.layers]:
         raise ValueError("the earlier plan is for other layers, heads or prices: plan with its by_head, dtype and unit")
     return earlier.for_budget(empty.budget)

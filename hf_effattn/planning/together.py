@@ -58,12 +58,12 @@ def choose_together(
     others = list(zip(asked, recall.pasts, strict=True))[len(texts) :]
     whole = Whole(model, units, candidates, found.context_length, texts, others)
     del recall, others  # much memory
-    seen_texts: dict[tuple[int, ...], float] = {}  # plans tell the recall of calibration texts
+    told: dict[tuple[int, ...], float] = {}
 
     def look(choice: tuple[int, ...]) -> tuple[float, Seen]:
         seen = whole.look(choice)
-        seen_texts[choice] = seen.divergence + weight * max(float(seen.answers[: len(texts)].mean()), 0.0)
-        return seen.divergence + weight * float(seen.answers.clamp(min=0).mean()), seen
+        loss, told[choice] = _weighed(seen.divergence, seen.answers, len(texts), weight)
+        return loss, seen
 
     def gradient(choice: tuple[int, ...], seen: Seen) -> torch.Tensor:
         return whole.gradient(one_hot(torch.tensor(choice), len(names)).float(), seen, weight)
@@ -72,7 +72,7 @@ def choose_together(
     choice = tuple(names.index(row.choice) for row in first.layers)
     better = refine(choice, costs, prices, limit, look, gradient, rounds)
     if expected is None or better.choice != choice:
-        expected = better.expected * seen_texts[better.before]
+        expected = better.expected * told[better.before]
     layers = (replace(row, choice=names[index]) for row, index in zip(first.layers, better.choice, strict=True))
     new = replace(found, layers=tuple(layers))
     sums, losses = [*map(new.sum_of, changed), new.sum], [new.total(name) - new.start for name in changed]
@@ -121,14 +121,12 @@ def _between(
                 pairs.append((parts, whole(values)))
             return parts * ratio_at(ratios(*zip(*pairs, strict=True)), parts)
 
-        expected: dict[tuple[int, ...], float] = {}  # plans tell the recall of calibration texts
+        told: dict[tuple[int, ...], float] = {}
 
         def lost(values: torch.Tensor) -> float:
-            """Return what a choice loses. That some answers get likelier than they were does not make up for others."""
-            text, answers = spread(values), recall.losses(gates, values) - before
-            own = float(answers[: len(texts)].mean().clamp(min=0))
-            expected[tuple(values.argmax(1).tolist())] = text + weight * own
-            return text + weight * float(answers.clamp(min=0).mean())
+            answers = recall.losses(gates, values) - before
+            loss, told[tuple(values.argmax(1).tolist())] = _weighed(spread(values), answers, len(texts), weight)
+            return loss
 
         limit = found.budget.limit - found.fixed_price
         way = frank_wolfe(
@@ -139,4 +137,17 @@ def _between(
             replace(row, choice=names[index], costs=dict(zip(names, own.tolist(), strict=True)))
             for row, index, own in zip(found.layers, way.choice, costs, strict=True)
         )
-        return replace(found, layers=layers), expected[way.choice]
+        return replace(found, layers=layers), told[way.choice]
+
+
+def _weighed(divergence: float, answers: torch.Tensor, texts: int, weight: float) -> tuple[float, float]:
+    """Return what a choice loses, and how much of that plans tell.
+
+    Args:
+        divergence: Of the calibration texts.
+        answers: Nats that answers lose, of each text. Those that get likelier than they were do not make up for others.
+        texts: How many of these are calibration texts, first: plans tell the recall of all of them together.
+        weight: Of recall.
+    """
+    own = float(answers[:texts].mean().clamp(min=0))
+    return divergence + weight * float(answers.clamp(min=0).mean()), divergence + weight * own
