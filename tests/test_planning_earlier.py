@@ -74,8 +74,8 @@ def test_an_earlier_plan_is_made_better(monkeypatch: pytest.MonkeyPatch, by_head
     [
         ({"context_length": 660}, "another context length: 640, not 660"),
         (
-            {"candidates": ["sparse:window=20"]},
-            r"another candidates: \['dense', 'sparse:window=16', .*\], not \['dense',",
+            {"candidates": ["sparse:window=16", "sparse:window=200"]},
+            r"another candidates: \['dense', 'sparse:window=16', 'sparse:window=160'\], not",
         ),
         ({"by_head": True}, "for other layers, heads or prices"),
         ({"budget": "0.1%"}, "cannot be kept"),
