@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from test_planning import LENGTH, TEXT, TOKENIZER
 from hf_effattn.planning import together
 from hf_effattn.planning.measure import assign, logits_of, loss_of
 from hf_effattn.planning.probes import make_probes
+from hf_effattn.planning.recall import Recall
 from hf_effattn.planning.refine import Refined
+from hf_effattn.planning.whole import Whole
 from hf_effattn.plans import Plan
 
 
@@ -30,9 +33,9 @@ def test_a_plan_is_the_choice_that_was_refined(monkeypatch: pytest.MonkeyPatch, 
 
     def refined(choice: tuple[int, ...], costs: Any, prices: Any, limit: float, look: Any, *_: Any) -> Refined:
         new = tuple((index + changes) % costs.shape[1] for index in choice)
-        lost.extend((look(choice)[0], look(new)[0]))
+        lost.extend((look(choice)[1], look(new)[1]))
         expected.append(new)
-        return Refined(new, choice, 0.5)
+        return Refined(new, 0.5 * lost[0])
 
     monkeypatch.setattr(together, "refine", refined)
     found = planned(model, recall_weight=0)
@@ -41,6 +44,31 @@ def test_a_plan_is_the_choice_that_was_refined(monkeypatch: pytest.MonkeyPatch, 
     assert found.measured["this plan"].divergence == pytest.approx(lost[1], rel=1e-4)
     before = found.predicted - found.start
     assert before == pytest.approx(0.5 * lost[0], rel=1e-4) if changes else before == pytest.approx(lost[0], rel=0.3)
+
+
+@pytest.mark.parametrize("missing", [9, 3, 0])
+def test_a_search_and_steps_that_were_killed_go_on_from_what_is_known(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: int
+) -> None:
+    model, calls = small_model(TOKENIZER, num_hidden_layers=4), []
+    for owner, name in ((Recall, "losses"), (Recall, "gradients"), (Whole, "look"), (together, "divergence")):
+        real = getattr(owner, name)
+
+        def counted(*args: Any, _real: Any = real, _name: str = name) -> Any:
+            calls.append(_name)
+            return _real(*args)
+
+        monkeypatch.setattr(owner, name, counted)
+    whole = planned(model, by_head=True, recall_weight=1.0, out=tmp_path / "whole")
+    assert set(calls) == {"losses", "gradients", "look", "divergence"}
+    every = len(calls)
+    lines = (tmp_path / "whole" / "measurements.jsonl").read_text().splitlines()
+    half = tmp_path / "half" / "measurements.jsonl"
+    half.parent.mkdir()
+    half.write_text("\n".join(lines[: len(lines) - missing]) + "\n")
+    calls.clear()
+    assert planned(model, by_head=True, recall_weight=1.0, out=half.parent) == whole
+    assert len(calls) <= min(missing, every - 1)
 
 
 @pytest.mark.parametrize("by_head", [False, True])
@@ -53,7 +81,7 @@ def test_an_earlier_plan_is_made_better(monkeypatch: pytest.MonkeyPatch, by_head
     assert again.measured["this plan"].divergence <= first.measured["this plan"].divergence
     assert [row.costs for row in again.layers] == [row.costs for row in first.layers]
     with monkeypatch.context() as patch:
-        patch.setattr(together, "refine", lambda choice, *args: (args[3](choice), Refined(choice, choice, 1.0))[1])
+        patch.setattr(together, "refine", lambda choice, *args: Refined(choice, args[3](choice)[1]))
         as_it_was = planned(model, by_head=by_head, recall_weight=5.0, earlier=again, number=4)
     assert [row.choice for row in as_it_was.layers] == [row.choice for row in again.layers]
     assert as_it_was.predicted == pytest.approx(as_it_was.total("this plan"), rel=1e-4), "whole texts were looked at"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -15,12 +16,24 @@ from hf_effattn import LinearConfig, SparseConfig
 from hf_effattn.architectures import head_counts
 from hf_effattn.evaluation.haystack import ADJECTIVES, NOUNS
 from hf_effattn.evaluation.variants import is_converted
+from hf_effattn.planning import together
 from hf_effattn.planning.candidates import Candidate, read_candidates
 from hf_effattn.planning.frank_wolfe import frank_wolfe
 from hf_effattn.planning.gates import can_be_gated, gated
-from hf_effattn.planning.measure import assign, end_logits, logits_of, loss_of, read
+from hf_effattn.planning.measure import assign, end_logits, logits_of, loss_of, read, single_changes
 from hf_effattn.planning.parts import STEEP, divergence, divergence_gradient, parts
-from hf_effattn.planning.probes import ASKED, NEEDLE, NOISE, QUESTION, SAID, THINGS, Probe, make_asked, make_probes
+from hf_effattn.planning.probes import (
+    ASKED,
+    LENGTHS,
+    NEEDLE,
+    NOISE,
+    QUESTION,
+    SAID,
+    THINGS,
+    Probe,
+    make_asked,
+    make_probes,
+)
 from hf_effattn.planning.recall import Recall
 from hf_effattn.planning.whole import Whole
 from hf_effattn.plans import choose
@@ -128,21 +141,59 @@ def test_gates_are_of_layers_or_heads_and_of_all_candidates(candidates: list[Can
     check_gates(small_model(TOKENIZER, num_hidden_layers=3), candidates, by_head)
 
 
-@pytest.mark.parametrize("least", [(0.0, 0.0), (0.0, 100.0), (100.0, 100.0)])
-def test_the_gradient_is_what_recall_loses_with_small_changes(least: tuple[float, float]) -> None:
-    """Texts that lose less than `least` have none: answers that get likelier do not make up for others."""
+@pytest.mark.parametrize("shut", [False, True])
+def test_the_gradient_is_what_recall_loses_with_small_changes(shut: bool) -> None:
+    """Between candidates, and where gates of a candidate are shut in each, some or no layers."""
     model = small_model(TOKENIZER, num_hidden_layers=3).double()
     units, candidates = units_of(model, True), [DENSE, SHORT, LONG]
     recall = Recall(model, [probe(), probe(35, 20)])
     values = torch.rand(len(units), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     way = torch.randn(len(units), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    if shut:
+        values = one_hot(values.argmax(1).clamp(min=1), 3).double()
     with gated(model, units, candidates, LENGTH) as gates:
-        gradient = recall.gradient(gates, values, torch.tensor(least))
-        ahead, behind = (
-            recall.losses(gates, values + step * way).maximum(torch.tensor(least)).mean() for step in (1e-3, -1e-3)
-        )
-    assert float((gradient * way).sum()) == pytest.approx(float(ahead - behind) / 2e-3, rel=1e-3, abs=1e-7)
+        losses, slopes = recall.gradients(gates, values)
+        ahead, behind = (recall.losses(gates, values + step * way) for step in (1e-3, -1e-3))
+        torch.testing.assert_close(losses, recall.losses(gates, values))
+    assert not shut or {bool(values[rows, index].any()) for rows in gates.rows.values() for index in range(3)} == {
+        True,
+        False,
+    }
+    torch.testing.assert_close((slopes * way).sum((1, 2)), (ahead - behind) / 2e-3, rtol=1e-3, atol=1e-7)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("answers", "lost"),
+    [
+        ([0.02, 0.01, 0.03], 0.01977),
+        ([math.log(2), math.log(4), 20.0], 0.75),  # what is lost anyway counts as much as what is
+        ([math.log(2), -0.25, math.log(4)], 1.25 / 3),  # answers that get likelier do not make up for others
+        ([-0.5, -0.25, -1.0], 0.0),
+    ],
+)
+def test_recall_is_what_answers_lose_and_plans_tell_that_of_calibration_texts(
+    answers: list[float], lost: float
+) -> None:
+    """Of which all answers together count: two texts here."""
+    at, weight = torch.tensor(answers).double(), 0.5
+    loss, told = together._weighed(0.125, at, 2, weight)
+    assert loss == pytest.approx(0.125 + weight * lost, abs=1e-5)
+    assert told == pytest.approx(0.125 + weight * max(sum(answers[:2]) / 2, 0.0))
+    slopes = torch.randn(3, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for own, index in zip(together._slopes(slopes, at, 2, weight), (0, 1), strict=True):
+        values = torch.zeros(4, 2, dtype=torch.float64)
+        values[1, 1] = 1e-6
+        ahead = together._weighed(0.125, at + (slopes * values).sum((1, 2)), 2, weight)[index]
+        assert float(own[1, 1]) == pytest.approx((ahead - (loss, told)[index]) / 1e-6, abs=1e-6)
+
+
+def test_where_nothing_is_lost_recall_is_as_steep_as_where_a_little_is() -> None:
+    slopes = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(1))
+    nothing, little = (together._slopes(slopes, torch.full((3,), x), 2, 0.5) for x in (0.0, 1e-3))
+    for own, other in zip(nothing, little, strict=True):
+        torch.testing.assert_close(own, other, rtol=2e-3, atol=0)
+        assert own.any()
 
 
 def test_of_units_that_stand_in_for_each_other_one_is_kept() -> None:
@@ -208,7 +259,7 @@ def test_one_thing_is_hidden_in_each_text_and_asked_for(length: int) -> None:
     found = make_asked(TOKENIZER, length, 3)
     assert len(found) == len(THINGS)
     for number, ((depth, thing), own) in enumerate(zip(THINGS.items(), found, strict=True)):
-        tokens = length // (1 + number % 2)  # the whole context, or half of it
+        tokens = int(LENGTHS[number % len(LENGTHS)] * length)  # the whole context, or half of it
         assert len(own.ids) == tokens + 1
         assert not own.is_text.any()
         assert int(own.is_answer.nonzero().min()) >= own.start > tokens // 2
@@ -230,6 +281,22 @@ def test_the_questions_of_a_text_come_after_it() -> None:
     assert int(own.is_text.nonzero().max()) < asked.start <= int(own.is_answer.nonzero().min())
     assert "What is the secret number" in TOKENIZER.decode(asked.ids[asked.start :])
     assert PROSE[:40] not in TOKENIZER.decode(asked.ids[asked.start :])
+
+
+def test_single_changes_of_a_document_need_no_questions() -> None:
+    model, own, dense = text_and_model()
+    units = units_of(model, True)
+    base, wanted = dict.fromkeys(units, DENSE), [(unit, SHORT) for unit in units]
+    asked = own.document
+    assert len(asked.ids) == own.questions.start
+    assert not asked.is_answer.any()
+    every, some = (list(single_changes(model, x, dense, base, wanted)) for x in (own, asked))
+    for (unit, candidate, loss), (same, _, less) in zip(every, some, strict=True):
+        assert (same, candidate) == (unit, SHORT)
+        assert less.divergence == pytest.approx(loss.divergence, rel=1e-4)
+        assert less.text == pytest.approx(loss.text, rel=1e-6)
+        assert math.isnan(less.recall)
+        assert loss.recall > 0
 
 
 def test_parts_of_a_text_are_compared_with_what_the_dense_model_made_of_them() -> None:
@@ -297,8 +364,8 @@ def test_the_gradient_of_the_divergence_is_what_small_changes_do() -> None:
 
     with gated(model, units, candidates, 700) as gates:
         gradient = divergence_gradient(model, gates, values, [(own, dense)], [past])
-        ahead, behind = (moved(values + step * way) for step in (1e-4, -1e-4))
-    assert float((gradient * way).sum()) == pytest.approx((ahead - behind) / 2e-4, rel=1e-4)
+        ahead, behind = (moved(values + step * way) for step in (1e-3, -1e-3))
+    assert float((gradient * way).sum()) == pytest.approx((ahead - behind) / 2e-3, rel=1e-4)
     assert all(p.grad is None for p in model.parameters())
 
 
@@ -313,12 +380,12 @@ def test_gates_have_gradients_in_every_family(variant: str) -> None:
     dense = read(model, own)
     units, candidates = units_of(model, by_head=False), [DENSE, SHORT]
     values, recall = torch.full((len(units), 2), 0.5, dtype=torch.float64), Recall(model, [own])
-    least, step = torch.zeros(1), 1e-4 * torch.tensor([-1.0, 1.0], dtype=torch.float64)
+    step = 1e-4 * torch.tensor([-1.0, 1.0], dtype=torch.float64)
     with gated(model, units, candidates, LENGTH) as gates:
         gates.set(values)
         assert divergence(model, [(own, dense)]) >= 0.0
         steep = divergence_gradient(model, gates, values, [(own, dense)], [dense])
-        slope = recall.gradient(gates, values, least)
+        slope = recall.gradients(gates, values)[1][0]
         ahead, behind = (float(recall.losses(gates, values + sign * step)) for sign in (1, -1))
     assert values.is_leaf
     assert not values.requires_grad
@@ -332,25 +399,31 @@ def test_whole_texts_are_read_with_the_choice_and_compared_with_the_dense_model(
     other = probe()
     other_dense, units, candidates = read(model, other), units_of(model, True), [DENSE, SHORT, LONG]
     whole = Whole(model, units, candidates, 700, [(own, dense)], [(other, other_dense)])
-    nothing = whole.look([0] * len(units))
-    assert nothing.divergence == pytest.approx(0.0, abs=1e-9)
-    assert nothing.answers.tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
-    chosen = drawn(len(units), 3).tolist()
-    seen = whole.look(chosen)
+    nothing = whole.look((0,) * len(units))
+    assert float(nothing[0]) == pytest.approx(0.0, abs=1e-9)
+    assert nothing[1].tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
+    chosen = tuple(drawn(len(units), 3).tolist())
+    total, lost_answers = whole.look(chosen)
     assert not is_converted(model)
     assign(model, {unit: candidates[index] for unit, index in zip(units, chosen, strict=True)})
     expected = loss_of(logits_of(model, own), own, dense.logits)
     answers = loss_of(logits_of(model, other), other.since(other.start), other_dense.logits)
     assign(model, {})
-    assert seen.divergence == pytest.approx(expected.divergence, rel=1e-5)
+    assert float(total) == pytest.approx(expected.divergence, rel=1e-5)
     dense_recall = loss_of(dense.logits, own, dense.logits).recall, float(whole.dense[1])
-    for found, lost, before in zip(seen.answers, (expected.recall, answers.recall), dense_recall, strict=True):
+    for found, lost, before in zip(lost_answers, (expected.recall, answers.recall), dense_recall, strict=True):
         assert float(found) == pytest.approx(lost - before, abs=1e-5)
-    values = one_hot(torch.tensor(chosen), 3).double()
-    slope = whole.gradient(values, seen, 0.5)
+    whole.look((0,) * len(units))  # gradients are of the choice that they are asked for
+    slope, slopes = whole.gradient(chosen)
     assert not is_converted(model)
+    assign(model, {unit: candidates[index] for unit, index in zip(units, chosen, strict=True)})
+    pasts = [read(model, text) for text in (own, other)]
+    assign(model, {})
+    values = one_hot(torch.tensor(chosen), 3).float()
     with gated(model, units, candidates, 700) as gates:
-        steep = divergence_gradient(model, gates, values, [(own, dense)], seen.pasts[:1])
-        recall = Recall(model, [own, other], seen.pasts).gradient(gates, values, whole.dense)
-    torch.testing.assert_close(slope, steep + 0.5 * recall)
+        steep = divergence_gradient(model, gates, values, [(own, dense)], pasts[:1])
+        losses, recall = Recall(model, [own, other], pasts).gradients(gates, values)
+    torch.testing.assert_close(slope, steep)
+    torch.testing.assert_close(slopes, recall)
+    torch.testing.assert_close((losses - whole.dense).float(), lost_answers, atol=1e-5, rtol=1e-4)
     assert float(recall.abs().max()) > 1e-6

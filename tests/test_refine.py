@@ -25,19 +25,23 @@ class Task:
         self.left_out = (alike * shared.mean(0) + (1 - alike) * own) * size
         self.prices = torch.tensor([[4.0, 2.0, 1.0]]).double().expand(UNITS, -1)
         self.costs = self.left_out.square().sum(-1)
+        self.tells = torch.rand(UNITS, CANDIDATES, generator=chance).double()  # of each choice, which adds up
         self.seen: list[tuple[int, ...]] = []
 
     def loss(self, gates: torch.Tensor) -> torch.Tensor:
         return (gates[:, :, None] * self.left_out).sum((0, 1)).square().sum() + 0.01
 
-    def look(self, choice: tuple[int, ...]) -> tuple[float, torch.Tensor]:
-        self.seen.append(choice)
-        gates = one_hot(torch.tensor(choice), CANDIDATES).double()
-        return float(self.loss(gates)), gates
+    def told(self, choice: tuple[int, ...]) -> float:
+        return 5.0 + float(self.tells.gather(1, torch.tensor(choice)[:, None]).sum())
 
-    def gradient(self, choice: tuple[int, ...], gates: torch.Tensor) -> torch.Tensor:
-        leaf = gates.clone().requires_grad_()
-        return torch.autograd.grad(self.loss(leaf), leaf)[0]
+    def look(self, choice: tuple[int, ...]) -> tuple[float, float]:
+        self.seen.append(choice)
+        return float(self.loss(one_hot(torch.tensor(choice), CANDIDATES).double())), self.told(choice)
+
+    def gradient(self, choice: tuple[int, ...]) -> torch.Tensor:
+        assert choice == self.seen[-1]
+        leaf = one_hot(torch.tensor(choice), CANDIDATES).double().requires_grad_()
+        return torch.stack((torch.autograd.grad(self.loss(leaf), leaf)[0], self.tells))
 
     def price(self, choice: tuple[int, ...]) -> float:
         return float(self.prices.gather(1, torch.tensor(choice)[:, None]).sum())
@@ -63,11 +67,18 @@ def test_no_step_makes_it_worse_or_spends_too_much(seed: int, rounds: int) -> No
             most = sum(a != b for a, b in zip(choice, best, strict=True)) // 2
     assert best == found.choice
     if found.choice == first:
-        assert found.before == first
-        assert found.expected == 1.0
-    else:
-        assert losses[found.choice] < losses[found.before]
-        assert 0.0 <= found.expected <= 1.0
+        assert found.expected == task.told(first)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_told_is_expected_by_its_own_gradient(seed: int) -> None:
+    """Whatever the loss does. Changes that cost nothing by themselves leave what is told as its gradient says."""
+    task = Task(seed)
+    nothing = torch.zeros_like(task.costs)
+    found = refine((1,) * UNITS, nothing, task.prices, 16.0, task.look, task.gradient, 1)
+    assert found.expected == pytest.approx(task.told(found.choice))
+    with_costs = refine((1,) * UNITS, nothing + 0.001, task.prices, 16.0, task.look, task.gradient, 1)
+    assert with_costs == found, "costs that are alike change nothing"
 
 
 @pytest.mark.parametrize("alike", [0.7, 0.3, 0.0])
@@ -85,16 +96,16 @@ def test_steps_that_are_too_large_are_halved_and_one_change_in_vain_is_the_end()
     """A gradient that promises what no change keeps."""
     seen: list[tuple[int, ...]] = []
 
-    def look(choice: tuple[int, ...]) -> tuple[float, None]:
+    def look(choice: tuple[int, ...]) -> tuple[float, float]:
         seen.append(choice)
-        return 1.0 + sum(choice), None
+        return 1.0 + sum(choice), 0.3
 
-    slope = torch.tensor([[0.0, -float(unit + 2)] for unit in range(32)])
+    slope = torch.tensor([[0.0, -float(unit + 2)] for unit in range(32)]).expand(2, -1, -1)
     nothing = torch.zeros(32, 2)
     found = refine((0,) * 32, nothing, nothing, 1.0, look, lambda *_: slope, 10)
     assert [sum(choice) for choice in seen] == [0, 4, 2, 1]
     assert [choice.index(1) for choice in seen[1:]] == [28, 30, 31], "those that promise most"
-    assert found.choice == found.before == (0,) * 32
+    assert found == ((0,) * 32, 0.3)
 
 
 def test_where_nothing_is_to_be_won_nothing_is_looked_at() -> None:

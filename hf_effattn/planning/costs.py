@@ -34,8 +34,10 @@ class Chance(NamedTuple):
         return cls(divergences, 2 * math.sqrt(sum(squares) / len(squares)))
 
     def cost(self, layer: int, loss: Loss, start: Loss, recall_weight: float) -> float:
-        """Return the nats a token that a change in a layer costs."""
+        """Return the nats a token that a change in a layer costs; recall that has no weight need not be known."""
         divergence = _beyond(loss.divergence - start.divergence, self.divergences.get(layer, 0.0))
+        if not recall_weight:
+            return divergence
         return divergence + recall_weight * _beyond(loss.recall - start.recall, self.recall)
 
 

@@ -42,7 +42,15 @@ class Gated(Mechanism):
         gates = self.gates.to(query.dtype).repeat_interleave(query.shape[1] // self.gates.shape[0], dim=0)
         total, states = query.new_zeros(()), []
         for index, part in enumerate(self._parts()):
-            output, own = part.attend(None if state is None else state[index], query, key, value, call)
+            before = None if state is None else state[index]
+            is_open, has_gradient = bool(self.gates[:, index].any()), torch.is_grad_enabled()
+            if not (is_open or has_gradient):
+                states.append(part.advance(before, query, key, value, call))
+                continue
+            with torch.set_grad_enabled(
+                has_gradient and is_open
+            ):  # through a shut one nothing flows back but its gates
+                output, own = part.attend(before, query, key, value, call)
             total = total + gates[:, index, None, None] * output
             states.append(own)
         return total, states

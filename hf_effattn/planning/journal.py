@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,20 @@ class Journal:
         self.known[key] = value
         if self.path is not None:
             add_line(self.path, {"key": key, "value": value})
+
+    def tensors(self, key: str, make: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        """Return the tensors that are known by a key, or else those that are made now, in double precision."""
+        if key not in self:
+            self.add(key, [tensor.tolist() for tensor in make()])
+        return tuple(torch.tensor(value, dtype=torch.float64) for value in self.known[key])
+
+
+def digest_of(*parts: torch.Tensor | str) -> str:
+    """Return a digest of texts and the values of tensors."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode() if isinstance(part, str) else part.double().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def identity_of(model: PreTrainedModel, probes: Sequence[Probe]) -> str:

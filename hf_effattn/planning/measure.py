@@ -150,10 +150,17 @@ def single_changes(
 
     Tokens before the end are as the dense model read them: a changed layer takes over their keys and values. Layers
     before the changed one give what they gave when `base` read the end; half of the work of whole passes.
+
+    Args:
+        probe: The text, or a part of it from its beginning on, of which nothing else is to be measured.
+        past: What the dense model made of the whole text.
+        base: The choice that is changed.
+        wanted: The changes.
     """
     if not wanted:
         return
-    layers, end, dense = Layers(model), probe.since(probe.start), past.logits[probe.start - probe.first :]
+    layers, end = Layers(model), probe.since(probe.start)
+    dense = past.logits[probe.start - probe.first : len(probe.is_text) - probe.first]
     assign(model, base)
     with layers.kept():
         end_logits(model, probe, past)

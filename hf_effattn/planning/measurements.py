@@ -79,12 +79,12 @@ class Measurements:
         return self._mean(keys)
 
     def single(self, empty: Plan, recall_weight: float) -> Plan:
-        """Return a plan with the costs of single changes of the dense model."""
+        """Return a plan with the costs of single changes; nothing is asked where recall has no weight."""
         firsts = list({unit.layer: unit for unit in reversed(self.units)}.values())
         every_key = Candidate("every key", SparseConfig(pattern="sliding_window", window=empty.context_length))
         unchanged, controls = (self.units[0], self.candidates[DENSE]), [(unit, every_key) for unit in firsts]
         pairs = [(unit, c) for unit in self.units for c in self.candidates.values() if c.name != DENSE]
-        losses = self._changes([unchanged, *controls, *pairs])
+        losses = self._changes([unchanged, *controls, *pairs], recall_weight > 0)
         start = losses[unchanged]
         chance = Chance.of(start, {pair[0]: losses[pair] for pair in controls})
         layers = []
@@ -107,21 +107,23 @@ class Measurements:
         assign(self.model, self.everywhere(name))
         return takes_over(self.model)
 
-    def _changes(self, pairs: list[tuple[Unit, Candidate]]) -> dict[tuple[Unit, Candidate], Loss]:
-        """Return the mean losses of single changes of the dense model on the ends of the calibration texts."""
+    def _changes(self, pairs: list[tuple[Unit, Candidate]], asks: bool) -> dict[tuple[Unit, Candidate], Loss]:
+        """Return the mean losses of single changes of the dense model on the ends of the calibration texts, or, if
+        nothing is to be asked, of their documents."""
+        end = "end" if asks else "end of document"
         keys = {(unit, c): f"{unit} {c.name}" for unit, c in pairs}
         with tqdm(total=len(pairs) * len(self.probes), desc="single changes", unit="change") as bar:
-            for number, probe in enumerate(self.probes):
-                missing = [pair for pair in pairs if f"end {number}, {keys[pair]}" not in self.journal]
+            for number, whole in enumerate(self.probes):
+                missing = [pair for pair in pairs if f"{end} {number}, {keys[pair]}" not in self.journal]
                 bar.update(len(pairs) - len(missing))
                 if missing:
-                    for unit, candidate, loss in single_changes(
-                        self.model, probe, self.past(number), self.dense, missing
-                    ):
-                        self.journal.add(f"end {number}, {keys[unit, candidate]}", loss)
+                    probe = whole if asks else whole.document
+                    found = single_changes(self.model, probe, self.past(number), self.dense, missing)
+                    for unit, candidate, loss in found:
+                        self.journal.add(f"{end} {number}, {keys[unit, candidate]}", loss)
                         bar.update()
         numbers = range(len(self.probes))
-        return {pair: self._mean([f"end {number}, {key}" for number in numbers]) for pair, key in keys.items()}
+        return {pair: self._mean([f"{end} {number}, {key}" for number in numbers]) for pair, key in keys.items()}
 
     def _mean(self, keys: Sequence[str]) -> Loss:
         losses = torch.tensor([self.journal.loss(key) for key in keys], dtype=torch.float64)

@@ -16,22 +16,24 @@ from ..evaluation.haystack import keys, numbers
 from ..evaluation.material import first_tokens
 
 DEPTHS = (0.05, 0.25, 0.45, 0.65)  # of the needles: far enough from the end that windows do not reach them
-THINGS = {  # by depth
-    0.1: "code",
-    0.25: "PIN",
-    0.35: "password",
-    0.45: "magic word",
-    0.55: "code",
-    0.7: "combination",
-    0.85: "password",
-    0.95: "PIN",
+THINGS = {  # by depth; of which numbers are not expected
+    0.05: "spell",
+    0.15: "call sign",
+    0.25: "sign",
+    0.35: "magic key",
+    0.45: "message",
+    0.55: "gate key",
+    0.65: "recipe",
+    0.75: "secret word",
+    0.85: "master key",
+    0.95: "treasure",
 }
-LENGTHS = (1.0, 0.5)  # of the texts with these, in turn, in contexts: a plan has to do for shorter ones, too
+LENGTHS = (0.5, 0.5, 0.5, 0.5, 1.0)  # of the texts with these, in turn, in contexts: plans have to do for shorter ones
 DIGITS = 5
 NEARBY = 64  # tokens among which a place between sentences or lines is looked for
 NEEDLE = " The secret number of the {key} is {value}. Remember it."
 QUESTION = "\n\nWhat is the secret number of the {key}? The secret number of the {key} is"
-SAID = " The {thing} is {value}. Keep it in mind: the {thing} is {value}."
+SAID = " The {thing} is {value}. Remember it. {value} is the {thing}."  # as in passkey retrieval (arXiv 2305.16300)
 ASKED = "\nWhat is the {thing}? The {thing} is"
 NOISE = " The road is long. The river is wide. The night is quiet. We walk on, step by step."
 
@@ -58,7 +60,13 @@ class Probe(NamedTuple):
     @property
     def questions(self) -> Probe:
         """The same with nothing but the answers to measure, before which all is the beginning."""
-        return self._replace(is_text=torch.zeros_like(self.is_text), start=int(self.is_text.nonzero().max()) + 2)
+        return self._replace(is_text=torch.zeros_like(self.is_text), start=len(self.document.ids))
+
+    @property
+    def document(self) -> Probe:
+        """The same up to the end of the document, without what is asked about it."""
+        stop = int(self.is_text.nonzero().max()) + 1
+        return Probe(self.ids[: stop + 1], self.is_text[:stop], self.is_answer[:stop], self.start)
 
     def since(self, token: int) -> Probe:
         """Return what comes from this token on."""

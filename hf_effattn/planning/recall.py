@@ -14,8 +14,6 @@ from .gates import Gates
 from .measure import Past, read
 from .probes import Probe
 
-ROUNDING = 1e-2  # nats that a loss may be off in half precision
-
 
 class Recall:
     """Answers to questions behind texts that were read.
@@ -36,19 +34,15 @@ class Recall:
             gates.set(values)
             return torch.stack([self._loss(index) for index in range(len(self.probes))]).cpu()
 
-    def gradient(self, gates: Gates, values: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
-        """Return the gradient in the gates of the mean of `max(loss, least)`.
-
-        Args:
-            least: Of each text, what it loses when nothing is lost: the dense model's. There it is as steep as above.
-        """
-        total = torch.zeros_like(values)
+    def gradients(self, gates: Gates, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what `losses` does, and the gradient of each in the gates `[texts, units, candidates]`."""
+        losses, slopes = [], []
         for index in range(len(self.probes)):
             with gates.at(values.to(self.model.device)) as leaf:
                 loss = self._loss(index)
-            if float(loss.detach()) > float(least[index]) - ROUNDING:
-                total += torch.autograd.grad(loss, leaf)[0].cpu() / len(self.probes)
-        return total
+            slopes.append(torch.autograd.grad(loss, leaf)[0].cpu())
+            losses.append(loss.detach().cpu())
+        return torch.stack(losses), torch.stack(slopes)
 
     def _loss(self, index: int) -> torch.Tensor:
         probe, past = self.probes[index], self.pasts[index]

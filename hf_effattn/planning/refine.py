@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
 from ..plans.knapsack import choose
-
-Look = TypeVar("Look")
 
 SHARE = 8  # of all units, one in so many may change in the first step; four at least: one gets what others give
 LEAST_BEND = 1 / 16  # least κ
@@ -22,13 +20,12 @@ class Refined(NamedTuple):
 
     Args:
         choice: Index of a candidate of each unit.
-        before: The choice from which the last step led to it; itself if there was none.
-        expected: How much of the loss of that choice was expected to be left, once the gain that a step promises is
-            counted as far as the steps before it kept what they promised.
+        expected: What is told of its loss, as it was expected from the choice before the last step, once the gain that
+            a step promises is counted as far as the steps before it kept what they promised; as it was seen if there
+            was no step.
     """
 
     choice: tuple[int, ...]
-    before: tuple[int, ...]
     expected: float
 
 
@@ -37,8 +34,8 @@ def refine(
     costs: torch.Tensor,
     prices: torch.Tensor,
     limit: float,
-    look: Callable[[tuple[int, ...]], tuple[float, Look]],
-    gradient: Callable[[tuple[int, ...], Look], torch.Tensor],
+    look: Callable[[tuple[int, ...]], tuple[float, float]],
+    gradient: Callable[[tuple[int, ...]], torch.Tensor],
     rounds: int,
 ) -> Refined:
     """Make the loss of a choice smaller, in steps within a trust region.
@@ -54,18 +51,21 @@ def refine(
         costs: Of single changes where all is dense, `[units, candidates]`.
         prices: Likewise.
         limit: The most that all prices may add up to.
-        look: Returns the loss of a choice, and what else `gradient` wants to know.
-        gradient: Of the loss in gates between choices, `[units, candidates]`, at a choice that was looked at.
+        look: Returns the loss of a choice, and what is told of it.
+        gradient: Of both in gates between choices `[2, units, candidates]`, at the choice that was looked at last.
         rounds: Choices that are looked at besides the first one.
     """
-    loss, known = look(choice)
-    slope, most, before, expected, bend = None, max(len(choice) // SHARE, 4), choice, 1.0, 1.0
+    loss, told = look(choice)
+    slopes, most, expected, bend = None, max(len(choice) // SHARE, 4), told, 1.0
     promised, kept, looked = 0.0, 0.0, {choice}
     with tqdm(total=rounds, desc="refining", unit="round") as bar:
         while loss > 0 and most and len(looked) <= rounds:
             bar.set_postfix(lost=f"{loss:.4f}")
-            slope = gradient(choice, known) if slope is None else slope
-            found, less = _step(choice, slope, bend * costs, prices, limit, most)
+            slopes = gradient(choice) if slopes is None else slopes
+            changes = slopes - slopes.gather(2, _at(choice).expand(2, -1, -1))
+            changes = changes + bend * (costs - costs.gather(1, _at(choice))).abs()
+            found = _step(choice, changes[0], prices, limit, most)
+            less, more = changes.gather(2, _at(found).expand(2, -1, -1)).sum((1, 2)).tolist()
             if less >= 0 and bend <= LEAST_BEND:
                 break
             if less >= 0:
@@ -74,7 +74,7 @@ def refine(
             if found in looked:
                 most = _changes(found, choice) // 2
                 continue
-            new, seen = look(found)
+            new, new_told = look(found)
             looked.add(found)
             bar.update()
             trust = min(max(kept / promised, 0.0), 1.0) if promised else 1.0
@@ -83,26 +83,24 @@ def refine(
                 most = _changes(found, choice) // 2
                 continue
             bend = max(bend / 2, LEAST_BEND) if new < loss + less else bend
-            before, expected = choice, max(loss + trust * less, 0.0) / loss
-            choice, loss, known, slope = found, new, seen, None
-    return Refined(choice, before, expected)
+            expected = max(told + more * (trust if more < 0 else 1.0), 0.0)
+            choice, loss, told, slopes = found, new, new_told, None
+    return Refined(choice, expected)
 
 
 def _step(
-    choice: tuple[int, ...], slope: torch.Tensor, costs: torch.Tensor, prices: torch.Tensor, limit: float, most: int
-) -> tuple[tuple[int, ...], float]:
-    """Return the choice of least expected loss that differs in `most` units or fewer, and what the loss is expected to
-    change by. A difference has to be worth something, which is raised until so few are left."""
-    at = torch.tensor(choice)[:, None]
-    change = slope - slope.gather(1, at) + (costs - costs.gather(1, at)).abs()
-    differs = torch.ones_like(change).scatter(1, at, 0.0)
+    choice: tuple[int, ...], changes: torch.Tensor, prices: torch.Tensor, limit: float, most: int
+) -> tuple[int, ...]:
+    """Return the choice of least expected loss that differs in `most` units or fewer, where each unit `changes` it. A
+    difference has to be worth something, which is raised until so few are left."""
+    differs = torch.ones_like(changes).scatter(1, _at(choice), 0.0)
 
     def found(worth: float) -> tuple[int, ...]:
-        indices = choose((change + worth * differs).tolist(), prices.tolist(), limit)
+        indices = choose((changes + worth * differs).tolist(), prices.tolist(), limit)
         assert indices is not None, "the choice itself keeps the limit"
         return tuple(indices)
 
-    best, low, high = found(0.0), 0.0, float(-change.min())
+    best, low, high = found(0.0), 0.0, float(-changes.min())
     if _changes(best, choice) > most:
         best = choice
         for _ in range(HALVINGS):
@@ -112,7 +110,11 @@ def _step(
                 low = middle
             else:
                 best, high = own, middle
-    return best, float(change.gather(1, torch.tensor(best)[:, None]).sum())
+    return best
+
+
+def _at(choice: tuple[int, ...]) -> torch.Tensor:
+    return torch.tensor(choice)[:, None]
 
 
 def _changes(first: tuple[int, ...], second: tuple[int, ...]) -> int:

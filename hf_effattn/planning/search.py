@@ -69,8 +69,8 @@ def plan(
             32nd, an eighth and a quarter of the context with 4 sinks.
         tokenizer: Of the model; None to load the one that belongs to it.
         number: Calibration texts.
-        recall_weight: What a nat of an answer's token counts beside one of the documents; less for budgets that cannot
-            keep recall anyway.
+        recall_weight: What a nat of an answer's token counts beside one of the documents, as long as few are lost; less
+            for budgets that cannot keep recall anyway.
         rounds: Of the search, and steps to better choices. With candidates other than patterns and linear attention as
             they come (selectors, mechanisms that read more than queries and keys), there are none: recall is that of
             single changes, which is too little.
@@ -141,7 +141,7 @@ def _search(
     if is_gated:
         revert_attention(model)
         texts = [(probe, own.past(number)) for number, probe in enumerate(own.probes)]
-        found = choose_together(model, units, candidates, found, texts, asked, rounds, first)
+        found = choose_together(model, units, candidates, found, texts, asked, rounds, own.journal, first)
     else:
         names = [name for name in own.candidates if name != DENSE]
         known = ratios(map(found.sum_of, names), [found.total(name) - start for name in names])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,12 +15,16 @@ from ..plans.scale import ratio_at, ratios
 from .candidates import Candidate
 from .frank_wolfe import frank_wolfe
 from .gates import gated
+from .journal import Journal, digest_of
 from .measure import logits_of, loss_of
 from .parts import Text, divergence
 from .probes import Probe
 from .recall import Recall
 from .refine import refine
-from .whole import Seen, Whole
+from .whole import Whole
+
+Known = Callable[[str, torch.Tensor, Callable[[], tuple[torch.Tensor, ...]]], tuple[torch.Tensor, ...]]
+ROUNDING = 1e-2  # nats that a loss may be off in half precision
 
 
 def choose_together(
@@ -31,6 +35,7 @@ def choose_together(
     texts: Sequence[Text],
     asked: Sequence[Probe],
     rounds: int,
+    journal: Journal,
     first: Plan | None = None,
 ) -> Plan:
     """Return a plan of little divergence and recall within the budget: the best of choices that are looked at behind
@@ -44,6 +49,7 @@ def choose_together(
         texts: Calibration texts, with what the dense model made of each.
         asked: Texts with answers; first those of `texts`.
         rounds: Of either.
+        journal: Of what choices, and gates between them, make of the texts.
         first: What is made better, if there is something already; it keeps the budget.
     """
     names, weight = [candidate.name for candidate in candidates], found.recall_weight
@@ -52,27 +58,32 @@ def choose_together(
         torch.tensor([[getattr(row, field)[name] for name in names] for row in found.layers], dtype=torch.float64)
         for field in ("costs", "prices")
     )
+    setting = digest_of(*map(str, units), *names, *(probe.ids for probe in asked))
+
+    def known(kind: str, at: torch.Tensor, make: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        return journal.tensors(f"{kind}, {setting}, {digest_of(at)}", make)
+
     recall, expected = Recall(model, asked), None
     if first is None:
-        first, expected = _between(model, units, candidates, found, costs, prices, texts, recall, rounds)
+        first, expected = _between(model, units, candidates, found, costs, prices, texts, recall, rounds, known)
     others = list(zip(asked, recall.pasts, strict=True))[len(texts) :]
     whole = Whole(model, units, candidates, found.context_length, texts, others)
     del recall, others  # much memory
-    told: dict[tuple[int, ...], float] = {}
 
-    def look(choice: tuple[int, ...]) -> tuple[float, Seen]:
-        seen = whole.look(choice)
-        loss, told[choice] = _weighed(seen.divergence, seen.answers, len(texts), weight)
-        return loss, seen
+    def look(choice: tuple[int, ...]) -> tuple[float, float]:
+        divergence, answers = known("look", torch.tensor(choice), lambda: whole.look(choice))
+        return _weighed(float(divergence), answers, len(texts), weight)
 
-    def gradient(choice: tuple[int, ...], seen: Seen) -> torch.Tensor:
-        return whole.gradient(one_hot(torch.tensor(choice), len(names)).float(), seen, weight)
+    def gradient(choice: tuple[int, ...]) -> torch.Tensor:
+        answers = known("look", torch.tensor(choice), lambda: whole.look(choice))[1]
+        slope, slopes = known("gradient", torch.tensor(choice), lambda: whole.gradient(choice))
+        return slope + torch.stack(_slopes(slopes, answers, len(texts), weight))
 
     limit = found.budget.limit - found.fixed_price
     choice = tuple(names.index(row.choice) for row in first.layers)
     better = refine(choice, costs, prices, limit, look, gradient, rounds)
     if expected is None or better.choice != choice:
-        expected = better.expected * told[better.before]
+        expected = better.expected
     layers = (replace(row, choice=names[index]) for row, index in zip(first.layers, better.choice, strict=True))
     new = replace(found, layers=tuple(layers))
     sums, losses = [*map(new.sum_of, changed), new.sum], [new.total(name) - new.start for name in changed]
@@ -89,6 +100,7 @@ def _between(
     texts: Sequence[Text],
     recall: Recall,
     rounds: int,
+    known: Known,
 ) -> tuple[Plan, float]:
     """Return a plan found between all others, with what does not add up in its costs, and what it is to lose."""
     names, weight = [candidate.name for candidate in candidates], found.recall_weight
@@ -97,20 +109,19 @@ def _between(
     }
     dense, changed = everywhere[DENSE], [name for name in names if name != DENSE]
     with gated(model, units, candidates, found.context_length) as gates:
-        before = recall.losses(gates, dense)
+
+        def answers(values: torch.Tensor) -> torch.Tensor:
+            return known("answers", values, lambda: (recall.losses(gates, values),))[0]
 
         def moved(values: torch.Tensor) -> float:
             gates.set(values)
-            return divergence(model, texts)
+            return float(known("parts", values, lambda: (torch.tensor(divergence(model, texts)),))[0])
 
         def whole(values: torch.Tensor) -> float:
             gates.set(values)
-            divergences = [
-                loss_of(logits_of(model, probe), probe.since(probe.first), past.logits).divergence
-                for probe, past in texts
-            ]
-            return sum(divergences) / len(divergences)
+            return float(known("whole", values, lambda: (torch.tensor(_of_whole(model, texts)),))[0])
 
+        before = answers(dense)
         pairs = [(moved(everywhere[name]), found.measured[name].divergence) for name in changed]
 
         def spread(values: torch.Tensor) -> float:
@@ -124,14 +135,17 @@ def _between(
         told: dict[tuple[int, ...], float] = {}
 
         def lost(values: torch.Tensor) -> float:
-            answers = recall.losses(gates, values) - before
-            loss, told[tuple(values.argmax(1).tolist())] = _weighed(spread(values), answers, len(texts), weight)
+            loss, told[tuple(values.argmax(1).tolist())] = _weighed(
+                spread(values), answers(values) - before, len(texts), weight
+            )
             return loss
 
+        def slope(values: torch.Tensor) -> torch.Tensor:
+            losses, slopes = known("slopes", values, lambda: recall.gradients(gates, values))
+            return _slopes(slopes, losses - before, len(texts), weight)[0]
+
         limit = found.budget.limit - found.fixed_price
-        way = frank_wolfe(
-            costs, prices, limit, dense, lost, lambda x: weight * recall.gradient(gates, x, before), rounds
-        )
+        way = frank_wolfe(costs, prices, limit, dense, lost, slope, rounds)
         costs = costs + (way.gradient - way.gradient[:, names.index(DENSE), None]).clamp(min=0)
         layers = tuple(
             replace(row, choice=names[index], costs=dict(zip(names, own.tolist(), strict=True)))
@@ -140,8 +154,19 @@ def _between(
         return replace(found, layers=layers), told[way.choice]
 
 
+def _of_whole(model: PreTrainedModel, texts: Sequence[Text]) -> float:
+    """Return the divergence of the model as it is on whole texts, in nats a token."""
+    found = [
+        loss_of(logits_of(model, probe), probe.since(probe.first), past.logits).divergence for probe, past in texts
+    ]
+    return sum(found) / len(found)
+
+
 def _weighed(divergence: float, answers: torch.Tensor, texts: int, weight: float) -> tuple[float, float]:
-    """Return what a choice loses, and how much of that plans tell.
+    """Return what a choice loses, and what plans tell of it.
+
+    Of a text whose answers lose x nats a token `1 - exp(-x)` counts, which is x as long as it is small: what is lost
+    anyway takes nothing from what can be kept.
 
     Args:
         divergence: Of the calibration texts.
@@ -150,4 +175,19 @@ def _weighed(divergence: float, answers: torch.Tensor, texts: int, weight: float
         weight: Of recall.
     """
     own = float(answers[:texts].mean().clamp(min=0))
-    return divergence + weight * float(answers.clamp(min=0).mean()), divergence + weight * own
+    lost = -torch.expm1(-answers.clamp(min=0))
+    return divergence + weight * float(lost.mean()), divergence + weight * own
+
+
+def _slopes(
+    slopes: torch.Tensor, answers: torch.Tensor, texts: int, weight: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the gradients of the recall in both that `_weighed` returns. Where nothing is lost, within rounding, they
+    are as steep as where a little is.
+
+    Args:
+        slopes: The gradient of `answers`, of each text.
+    """
+    lost = torch.exp(-answers.clamp(min=0)) * (answers > -ROUNDING)
+    own = slopes[:texts].mean(0) * float(answers[:texts].mean() > -ROUNDING)
+    return weight * (slopes * lost[:, None, None].to(slopes.dtype)).mean(0), weight * own

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
+from torch.nn.functional import one_hot
 from transformers import PreTrainedModel
 
 from ..convert import revert_attention
@@ -16,20 +16,6 @@ from .gates import gated
 from .measure import Past, assign, loss_of, read
 from .parts import Text, divergence_gradient
 from .recall import Recall
-
-
-class Seen(NamedTuple):
-    """What a choice makes of whole texts.
-
-    Args:
-        divergence: Of the calibration texts, in nats a token.
-        answers: Nats that a token of an answer loses more than in the dense model, of each text.
-        pasts: Of each text, with the keys and values that the choice made of it, and no logits.
-    """
-
-    divergence: float
-    answers: torch.Tensor
-    pasts: list[Past]
 
 
 class Whole:
@@ -57,27 +43,34 @@ class Whole:
         self.texts, self.probes = texts, [probe for probe, _ in (*texts, *others)]
         self.logits = [past.logits for _, past in (*texts, *others)]
         self.dense = torch.tensor([self._loss(index, own).recall for index, own in enumerate(self.logits)])
+        self._read: tuple[tuple[int, ...], list[Past]] | None = None
 
-    def look(self, choice: Sequence[int]) -> Seen:
-        """Return what a choice, an index of a candidate for each unit, makes of the texts."""
+    def look(self, choice: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return what a choice, an index of a candidate for each unit, makes of the texts: the divergence of those for
+        calibration in nats a token, and the nats that a token of an answer loses more than in the dense model, of each
+        text."""
         assign(self.model, {unit: self.candidates[index] for unit, index in zip(self.units, choice, strict=True)})
-        losses, pasts = [], []
+        losses, pasts, self._read = [], [], None
         for index, probe in enumerate(self.probes):
             past = read(self.model, probe)
             losses.append(self._loss(index, past.logits))
             pasts.append(past._replace(logits=past.logits[:0]))  # much memory
         revert_attention(self.model)
+        self._read = choice, pasts
         divergence = sum(loss.divergence for loss in losses[: len(self.texts)]) / len(self.texts)
-        answers = torch.tensor([loss.recall for loss in losses])
-        return Seen(divergence, answers - self.dense, pasts)
+        return torch.tensor(divergence), torch.tensor([loss.recall for loss in losses]) - self.dense
 
-    def gradient(self, values: torch.Tensor, seen: Seen, recall_weight: float) -> torch.Tensor:
-        """Return the gradient of the loss in gates at those of a choice, `[units, candidates]`; what is before parts of
-        texts, and before questions, stays as the choice made it."""
-        recall = Recall(self.model, self.probes, seen.pasts)
+    def gradient(self, choice: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the gradients of both in gates, at those of a choice, `[units, candidates]` and `[texts, units,
+        candidates]`; what is before parts of texts, and before questions, stays as the choice made it."""
+        if self._read is None or self._read[0] != choice:
+            self.look(choice)
+        assert self._read is not None
+        values, pasts = one_hot(torch.tensor(choice), len(self.candidates)).float(), self._read[1]
+        recall = Recall(self.model, self.probes, pasts)
         with gated(self.model, self.units, self.candidates, self.length) as gates:
-            slope = divergence_gradient(self.model, gates, values, self.texts, seen.pasts[: len(self.texts)])
-            return slope + recall_weight * recall.gradient(gates, values, self.dense)
+            slope = divergence_gradient(self.model, gates, values, self.texts, pasts[: len(self.texts)])
+            return slope, recall.gradients(gates, values)[1]
 
     def _loss(self, index: int, logits: torch.Tensor) -> Loss:
         probe = self.probes[index]
