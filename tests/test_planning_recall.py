@@ -196,6 +196,14 @@ def test_where_nothing_is_lost_recall_is_as_steep_as_where_a_little_is() -> None
         assert own.any()
 
 
+def test_between_choices_what_is_lost_altogether_is_as_steep_as_the_rest() -> None:
+    """Without that a search stays where all is lost."""
+    slopes = torch.randn(3, 4, 2, generator=torch.Generator().manual_seed(1))
+    lost = torch.tensor([20.0, 0.5, -0.5])
+    torch.testing.assert_close(together._slope(slopes, lost, 0.5), slopes[:2].sum(0) / 6)
+    assert torch.allclose(together._slopes(slopes, lost, 1, 0.5)[0], math.exp(-0.5) * slopes[1] / 6)
+
+
 def test_of_units_that_stand_in_for_each_other_one_is_kept() -> None:
     """Unit 0 and 1 each do what the other does: losing one costs nothing, losing both costs 1."""
     costs = torch.tensor([[0.0, 0.01], [0.0, 0.012], [0.0, 0.02], [0.0, 0.05]], dtype=torch.float64)

@@ -141,8 +141,9 @@ def _between(
             return loss
 
         def slope(values: torch.Tensor) -> torch.Tensor:
+            """Return the gradient of nats, as what counts of them hardly changes where all is lost on the way."""
             losses, slopes = known("slopes", values, lambda: recall.gradients(gates, values))
-            return _slopes(slopes, losses - before, len(texts), weight)[0]
+            return _slope(slopes, losses - before, weight)
 
         limit = found.budget.limit - found.fixed_price
         way = frank_wolfe(costs, prices, limit, dense, lost, slope, rounds)
@@ -182,12 +183,16 @@ def _weighed(divergence: float, answers: torch.Tensor, texts: int, weight: float
 def _slopes(
     slopes: torch.Tensor, answers: torch.Tensor, texts: int, weight: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of the recall in both that `_weighed` returns. Where nothing is lost, within rounding, they
-    are as steep as where a little is.
+    """Return the gradients of the recall in both that `_weighed` returns.
 
     Args:
         slopes: The gradient of `answers`, of each text.
     """
-    lost = torch.exp(-answers.clamp(min=0)) * (answers > -ROUNDING)
-    own = slopes[:texts].mean(0) * float(answers[:texts].mean() > -ROUNDING)
-    return weight * (slopes * lost[:, None, None].to(slopes.dtype)).mean(0), weight * own
+    lost = torch.exp(-answers.clamp(min=0)).to(slopes.dtype)
+    own = _slope(slopes[:texts].mean(0, keepdim=True), answers[:texts].mean(0, keepdim=True), weight)
+    return _slope(slopes * lost[:, None, None], answers, weight), own
+
+
+def _slope(slopes: torch.Tensor, answers: torch.Tensor, weight: float) -> torch.Tensor:
+    """Return the mean gradient. Where nothing is lost, within rounding, it is as steep as where a little is."""
+    return weight * (slopes * (answers > -ROUNDING)[:, None, None]).mean(0)
