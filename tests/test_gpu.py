@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from matrix import MODELS, PAIRS, Case, close, left_padded, positions_of, shake, tiny_model, tokens
+from small import small_model
+from test_planning import TOKENIZER, planned
 from transformers import DynamicCache
 
 pytestmark = pytest.mark.gpu
@@ -33,6 +35,13 @@ def test_one_answer_and_that_of_the_cpu(model: str, case: Case) -> None:
     ]
     for index, row in enumerate(rows):
         close(torch.cat(parts, dim=1)[index, -len(row) :].cpu(), expected[index], 1e-4)
+
+
+def test_a_plan_is_made_there() -> None:
+    model = small_model(TOKENIZER, num_hidden_layers=3).cuda()
+    plan = planned(model, "60%", by_head=True, candidates=["sparse:window=16", "sparse:window=160"])
+    assert plan.price <= plan.budget.limit
+    assert model.convert_attention(plan).device.type == "cuda"
 
 
 @everywhere

@@ -403,6 +403,7 @@ def test_budgets_that_cannot_be_kept_are_told_before_anything_is_measured(
         ({"candidates": ["adapter:folder"]}, "plan first, then train"),
         ({"candidates": ["sparse:eviction=tova,capacity=40"]}, "likelihood does not see"),
         ({"number": 0}, "number must be at least 1"),
+        ({"recall_weight": -0.1}, "recall_weight must be 0 or more"),
         ({"rounds": 0}, "rounds must be at least 1"),
     ],
 )

@@ -71,6 +71,13 @@ def test_a_search_and_steps_that_were_killed_go_on_from_what_is_known(
     assert len(calls) <= min(missing, every - 1)
 
 
+def test_a_folder_serves_other_candidates_weights_and_heads(tmp_path: Path) -> None:
+    model = small_model(TOKENIZER, num_hidden_layers=3)
+    others = ["sparse:window=16", "sparse:window=100"]
+    for options in ({}, {"candidates": others}, {"recall_weight": 2.0}, {"by_head": True}, {"budget": "80%"}, {}):
+        assert planned(model, **options, out=tmp_path) == planned(model, **options)
+
+
 @pytest.mark.parametrize("by_head", [False, True])
 def test_an_earlier_plan_is_made_better(monkeypatch: pytest.MonkeyPatch, by_head: bool) -> None:
     """For its budget or another one, without a search."""

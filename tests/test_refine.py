@@ -81,6 +81,23 @@ def test_what_is_told_is_expected_by_its_own_gradient(seed: int) -> None:
     assert with_costs == found, "costs that are alike change nothing"
 
 
+@pytest.mark.parametrize(("told", "expected"), [(-2.0, 9.0 - 0.5 * 8.0), (2.0, 9.0 + 8.0), (-20.0, 0.009)])
+def test_gains_are_expected_as_far_as_the_steps_before_kept_what_they_promised(told: float, expected: float) -> None:
+    """The first step, of units 0 to 3, promises 16 and keeps 8; the second one, of the others, promises 4."""
+    losses, tells = {0: 100.0, 4: 92.0, 8: 88.0}, {0: 10.0, 4: 9.0, 8: 3.0}
+
+    def gradient(choice: tuple[int, ...]) -> torch.Tensor:
+        slope, tell = torch.tensor([-4.0] * 4 + [-1.0] * 4), torch.full((8,), told)
+        slope[torch.tensor(choice) == 1] = 0.5  # worth keeping
+        changes = torch.stack((slope, tell))
+        return torch.stack((torch.zeros(2, 8), torch.where(torch.tensor(choice) == 1, -changes.abs(), changes)), -1)
+
+    nothing = torch.zeros(8, 2)
+    found = refine((0,) * 8, nothing, nothing, 1.0, lambda c: (losses[sum(c)], tells[sum(c)]), gradient, 2)
+    assert found.choice == (1,) * 8
+    assert found.expected == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("alike", [0.7, 0.3, 0.0])
 @pytest.mark.parametrize("seed", range(5))
 def test_steps_come_near_the_best_of_all_choices(seed: int, alike: float) -> None:

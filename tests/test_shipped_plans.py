@@ -1,4 +1,4 @@
-"""The plans in `recipes/results/plans`, which the report and the README tell of."""
+"""The plans in `recipes/results/plans`, which the report tells of."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hf_effattn.plans import PLAN, Plan
 
 RESULTS = Path(__file__).parent.parent / "recipes" / "results"
 FILES = sorted((RESULTS / "plans").glob("*.json"))
+assert FILES
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

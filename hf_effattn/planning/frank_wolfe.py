@@ -46,7 +46,7 @@ def frank_wolfe(
         prices: Likewise.
         start: The gates at first.
         loss: Of a choice, as gates of 0 and 1.
-        gradient: Of all that does not add up of the loss, in gates.
+        gradient: In gates, of all that does not add up of the loss, or of what it grows with.
         rounds: Each looks at these two choices.
 
     Returns:

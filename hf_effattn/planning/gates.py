@@ -39,17 +39,16 @@ class Gated(Mechanism):
         self, state: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, Any]:
         assert self.gates is not None
-        gates = self.gates.to(query.dtype).repeat_interleave(query.shape[1] // self.gates.shape[0], dim=0)
-        total, states = query.new_zeros(()), []
+        gates = self.gates.to(query).repeat_interleave(query.shape[1] // self.gates.shape[0], dim=0)
+        total, states, has_gradient = query.new_zeros(()), [], torch.is_grad_enabled()
         for index, part in enumerate(self._parts()):
             before = None if state is None else state[index]
-            is_open, has_gradient = bool(self.gates[:, index].any()), torch.is_grad_enabled()
+            is_open = bool(self.gates[:, index].any())
             if not (is_open or has_gradient):
-                states.append(part.advance(before, query, key, value, call))
+                states.append(part.advance(before, query, key, value, call) if call.keep_state else before)
                 continue
-            with torch.set_grad_enabled(
-                has_gradient and is_open
-            ):  # through a shut one nothing flows back but its gates
+            # Through a shut one nothing flows back but its gates.
+            with torch.set_grad_enabled(has_gradient and is_open):
                 output, own = part.attend(before, query, key, value, call)
             total = total + gates[:, index, None, None] * output
             states.append(own)

@@ -60,11 +60,12 @@ class Journal:
         return tuple(torch.tensor(value, dtype=torch.float64) for value in self.known[key])
 
 
-def digest_of(*parts: torch.Tensor | str) -> str:
+def fingerprint(*parts: torch.Tensor | str) -> str:
     """Return a digest of texts and the values of tensors."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode() if isinstance(part, str) else part.double().numpy().tobytes())
+        digest.update(b"\0")
     return digest.hexdigest()[:16]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,7 +15,7 @@ from ..plans import DENSE, Loss, Plan
 from ..plans.heads import Unit
 from .candidates import Candidate
 from .costs import Chance
-from .journal import Journal
+from .journal import Journal, fingerprint
 from .measure import Choice, Past, assign, logits_of, loss_of, read, single_changes, takes_over
 from .probes import Probe
 from .speed import step_seconds
@@ -133,4 +132,4 @@ class Measurements:
 def _short(choice: Choice) -> str:
     """Return a name for a choice: that of its candidate if there is one in all layers."""
     names = [candidate.name for candidate in choice.values()]
-    return names[0] if len(set(names)) == 1 else hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+    return names[0] if len(set(names)) == 1 else fingerprint(*names)

@@ -53,12 +53,12 @@ def divergence_gradient(
     total, number = torch.zeros_like(values), 0
     for (probe, dense), past in zip(texts, pasts, strict=True):
         for part, begin, cache in _behind(probe, past, STEEP):
-            with gates.at(values.to(model.device)) as leaf:
+            with gates.at(values) as leaf:
                 logits = _logits(model, part, cache)[part.is_text]
                 wanted = dense.logits[begin : begin + len(part.is_text)][part.is_text]
                 found, expected = (x.to(torch.promote_types(x.dtype, torch.float32)) for x in (logits, wanted))
                 loss = kl_div(found.log_softmax(-1), expected.log_softmax(-1), reduction="batchmean", log_target=True)
-            total += torch.autograd.grad(loss, leaf)[0].cpu()
+            total += torch.autograd.grad(loss, leaf)[0]
             number += 1
     return total / number
 

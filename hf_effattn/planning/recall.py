@@ -38,9 +38,9 @@ class Recall:
         """Return what `losses` does, and the gradient of each in the gates `[texts, units, candidates]`."""
         losses, slopes = [], []
         for index in range(len(self.probes)):
-            with gates.at(values.to(self.model.device)) as leaf:
+            with gates.at(values) as leaf:
                 loss = self._loss(index)
-            slopes.append(torch.autograd.grad(loss, leaf)[0].cpu())
+            slopes.append(torch.autograd.grad(loss, leaf)[0])
             losses.append(loss.detach().cpu())
         return torch.stack(losses), torch.stack(slopes)
 

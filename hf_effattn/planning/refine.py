@@ -12,6 +12,7 @@ from ..plans.knapsack import choose
 
 SHARE = 8  # of all units, one in so many may change in the first step; four at least: one gets what others give
 LEAST_BEND = 1 / 16  # least κ
+LEAST_LEFT = 1e-3  # of what is told, after a step that promises more
 HALVINGS = 14  # of what a change is to be worth at least
 
 
@@ -83,7 +84,7 @@ def refine(
                 most = _changes(found, choice) // 2
                 continue
             bend = max(bend / 2, LEAST_BEND) if new < loss + less else bend
-            expected = max(told + more * (trust if more < 0 else 1.0), 0.0)
+            expected = max(told + more * (trust if more < 0 else 1.0), LEAST_LEFT * told)
             choice, loss, told, slopes = found, new, new_told, None
     return Refined(choice, expected)
 

@@ -69,8 +69,8 @@ def plan(
             32nd, an eighth and a quarter of the context with 4 sinks.
         tokenizer: Of the model; None to load the one that belongs to it.
         number: Calibration texts.
-        recall_weight: What a nat of an answer's token counts beside one of the documents, as long as few are lost; less
-            for budgets that cannot keep recall anyway.
+        recall_weight: What a nat of an answer's token counts beside one of the documents, 0 or more; less for budgets
+            that cannot keep recall anyway. To choices a text whose answers lose x nats a token counts `1 - exp(-x)`.
         rounds: Of the search, and steps to better choices. With candidates other than patterns and linear attention as
             they come (selectors, mechanisms that read more than queries and keys), there are none: recall is that of
             single changes, which is too little.
@@ -92,6 +92,8 @@ def plan(
     whole_number("number", number, 1)
     whole_number("rounds", rounds, 1)
     whole_number("measured", measured, 1)
+    if not recall_weight >= 0:
+        raise ValueError(f"recall_weight must be 0 or more, got {recall_weight}")
     targets = find_targets(model)
     if is_converted(model):
         raise ValueError("the model is converted already; revert_attention first")

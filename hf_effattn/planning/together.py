@@ -15,7 +15,7 @@ from ..plans.scale import ratio_at, ratios
 from .candidates import Candidate
 from .frank_wolfe import frank_wolfe
 from .gates import gated
-from .journal import Journal, digest_of
+from .journal import Journal, fingerprint
 from .measure import logits_of, loss_of
 from .parts import Text, divergence
 from .probes import Probe
@@ -58,10 +58,10 @@ def choose_together(
         torch.tensor([[getattr(row, field)[name] for name in names] for row in found.layers], dtype=torch.float64)
         for field in ("costs", "prices")
     )
-    setting = digest_of(*map(str, units), *names, *(probe.ids for probe in asked))
+    setting = fingerprint(*map(str, units), *names, *(probe.ids for probe in asked))
 
     def known(kind: str, at: torch.Tensor, make: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-        return journal.tensors(f"{kind}, {setting}, {digest_of(at)}", make)
+        return journal.tensors(f"{kind}, {setting}, {fingerprint(at)}", make)
 
     recall, expected = Recall(model, asked), None
     if first is None:
@@ -141,7 +141,7 @@ def _between(
             return loss
 
         def slope(values: torch.Tensor) -> torch.Tensor:
-            """Return the gradient of nats, as what counts of them hardly changes where all is lost on the way."""
+            """Return the gradient of nats, not of what counts of them: that is all but flat where answers are lost."""
             losses, slopes = known("slopes", values, lambda: recall.gradients(gates, values))
             return _slope(slopes, losses - before, weight)
 
@@ -194,5 +194,5 @@ def _slopes(
 
 
 def _slope(slopes: torch.Tensor, answers: torch.Tensor, weight: float) -> torch.Tensor:
-    """Return the mean gradient. Where nothing is lost, within rounding, it is as steep as where a little is."""
+    """Return the mean gradient: of nothing where answers got likelier; where little is lost, or nothing, as it is."""
     return weight * (slopes * (answers > -ROUNDING)[:, None, None]).mean(0)

@@ -54,7 +54,7 @@ class Whole:
         for index, probe in enumerate(self.probes):
             past = read(self.model, probe)
             losses.append(self._loss(index, past.logits))
-            pasts.append(past._replace(logits=past.logits[:0]))  # much memory
+            pasts.append(past._replace(logits=past.logits[:0].clone()))  # much memory
         revert_attention(self.model)
         self._read = choice, pasts
         divergence = sum(loss.divergence for loss in losses[: len(self.texts)]) / len(self.texts)
