@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,19 +15,24 @@ from ..evaluation.haystack import keys, numbers
 from ..evaluation.material import first_tokens
 
 DEPTHS = (0.05, 0.25, 0.45, 0.65)  # of the needles: far enough from the end that windows do not reach them
-THINGS = {  # by depth; of which numbers are not expected
-    0.05: "spell",
-    0.15: "call sign",
-    0.25: "sign",
-    0.35: "magic key",
-    0.45: "message",
-    0.55: "gate key",
-    0.65: "recipe",
-    0.75: "secret word",
-    0.85: "master key",
-    0.95: "treasure",
-}
-LENGTHS = (0.5, 0.5, 0.5, 0.5, 1.0)  # of the texts with these, in turn, in contexts: plans have to do for shorter ones
+HIDDEN = (  # things of which numbers are not expected, lengths of texts in contexts, and depths of the things in them
+    ("spell", 0.5, 0.05),  # plans have to do for shorter texts, too
+    ("call sign", 0.5, 0.15),
+    ("sign", 0.5, 0.25),
+    ("magic key", 0.5, 0.35),
+    ("message", 1.0, 0.45),
+    ("gate key", 0.5, 0.55),
+    ("recipe", 0.5, 0.65),
+    ("secret word", 0.5, 0.75),
+    ("master key", 0.5, 0.85),
+    ("treasure", 1.0, 0.95),
+    ("riddle", 0.25, 0.1),
+    ("silver key", 0.25, 0.3),
+    ("map", 0.25, 0.5),
+    ("chest", 0.25, 0.7),
+    ("oath", 0.25, 0.85),
+    ("old coin", 0.25, 0.95),
+)
 DIGITS = 5
 NEARBY = 64  # tokens among which a place between sentences or lines is looked for
 NEEDLE = " The secret number of the {key} is {value}. Remember it."
@@ -56,6 +60,12 @@ class Probe(NamedTuple):
     def first(self) -> int:
         """The first token of which anything is measured: of a document all are, else those of the end."""
         return 0 if bool(self.is_text.any()) else self.start
+
+    @property
+    def answer_tokens(self) -> float:
+        """The tokens of an answer, in the mean."""
+        begins = self.is_answer[1:] & ~self.is_answer[:-1]
+        return int(self.is_answer.sum()) / max(int(begins.sum()), 1)
 
     @property
     def questions(self) -> Probe:
@@ -119,12 +129,12 @@ def make_probes(
 
 
 def make_asked(tokenizer: PreTrainedTokenizerBase, context_length: int, seed: int) -> list[Probe]:
-    """Return texts of `context_length` + 1 tokens, or half of them, of nothing but a few sentences over and over, with
-    one thing hidden in each, that is asked for so that a model which has not found it says anything but a number."""
+    """Return texts of `context_length` + 1 tokens, a half or a quarter of them, of nothing but a few sentences over and
+    over, with one thing hidden in each, that is asked for so that a model which has not found it says anything but a
+    number."""
     chance, first = random.Random(f"asked/{seed}"), first_tokens(tokenizer)
     found = []
-    values = numbers(chance, DIGITS).first(len(THINGS))
-    for (depth, thing), share, value in zip(THINGS.items(), cycle(LENGTHS), values, strict=False):
+    for (thing, share, depth), value in zip(HIDDEN, numbers(chance, DIGITS).first(len(HIDDEN)), strict=True):
         said, asked = SAID.format(thing=thing, value=value), ASKED.format(thing=thing)
         noise, needle, *rest = _encoded(tokenizer, [NOISE, said, asked, f" {value}"])
         room = max(int(share * context_length) + 1 - len(first) - sum(map(len, (needle, *rest))), len(noise))

@@ -21,10 +21,10 @@ from .parts import Text, divergence
 from .probes import Probe
 from .recall import Recall
 from .refine import refine
+from .weighing import Weighing
 from .whole import Whole
 
 Known = Callable[[str, torch.Tensor, Callable[[], tuple[torch.Tensor, ...]]], tuple[torch.Tensor, ...]]
-ROUNDING = 1e-2  # nats that a loss may be off in half precision
 
 
 def choose_together(
@@ -52,7 +52,7 @@ def choose_together(
         journal: Of what choices, and gates between them, make of the texts.
         first: What is made better, if there is something already; it keeps the budget.
     """
-    names, weight = [candidate.name for candidate in candidates], found.recall_weight
+    names, weighing = [candidate.name for candidate in candidates], Weighing(asked, len(texts), found.recall_weight)
     changed = [name for name in names if name != DENSE]
     costs, prices = (
         torch.tensor([[getattr(row, field)[name] for name in names] for row in found.layers], dtype=torch.float64)
@@ -65,19 +65,21 @@ def choose_together(
 
     recall, expected = Recall(model, asked), None
     if first is None:
-        first, expected = _between(model, units, candidates, found, costs, prices, texts, recall, rounds, known)
+        first, expected = _between(
+            model, units, candidates, found, costs, prices, texts, recall, weighing, rounds, known
+        )
     others = list(zip(asked, recall.pasts, strict=True))[len(texts) :]
     whole = Whole(model, units, candidates, found.context_length, texts, others)
     del recall, others  # much memory
 
     def look(choice: tuple[int, ...]) -> tuple[float, float]:
         divergence, answers = known("look", torch.tensor(choice), lambda: whole.look(choice))
-        return _weighed(float(divergence), answers, len(texts), weight)
+        return weighing.lost(float(divergence), answers)
 
     def gradient(choice: tuple[int, ...]) -> torch.Tensor:
         answers = known("look", torch.tensor(choice), lambda: whole.look(choice))[1]
         slope, slopes = known("gradient", torch.tensor(choice), lambda: whole.gradient(choice))
-        return slope + torch.stack(_slopes(slopes, answers, len(texts), weight))
+        return slope + torch.stack(weighing.gradients(slopes, answers))
 
     limit = found.budget.limit - found.fixed_price
     choice = tuple(names.index(row.choice) for row in first.layers)
@@ -99,11 +101,12 @@ def _between(
     prices: torch.Tensor,
     texts: Sequence[Text],
     recall: Recall,
+    weighing: Weighing,
     rounds: int,
     known: Known,
 ) -> tuple[Plan, float]:
     """Return a plan found between all others, with what does not add up in its costs, and what it is to lose."""
-    names, weight = [candidate.name for candidate in candidates], found.recall_weight
+    names = [candidate.name for candidate in candidates]
     everywhere = {
         name: one_hot(torch.full((len(units),), index), len(names)).float() for index, name in enumerate(names)
     }
@@ -135,15 +138,13 @@ def _between(
         told: dict[tuple[int, ...], float] = {}
 
         def lost(values: torch.Tensor) -> float:
-            loss, told[tuple(values.argmax(1).tolist())] = _weighed(
-                spread(values), answers(values) - before, len(texts), weight
-            )
+            loss, told[tuple(values.argmax(1).tolist())] = weighing.lost(spread(values), answers(values) - before)
             return loss
 
         def slope(values: torch.Tensor) -> torch.Tensor:
             """Return the gradient of nats, not of what counts of them: that is all but flat where answers are lost."""
             losses, slopes = known("slopes", values, lambda: recall.gradients(gates, values))
-            return _slope(slopes, losses - before, weight)
+            return weighing.gradient(slopes, losses - before)
 
         limit = found.budget.limit - found.fixed_price
         way = frank_wolfe(costs, prices, limit, dense, lost, slope, rounds)
@@ -161,38 +162,3 @@ def _of_whole(model: PreTrainedModel, texts: Sequence[Text]) -> float:
         loss_of(logits_of(model, probe), probe.since(probe.first), past.logits).divergence for probe, past in texts
     ]
     return sum(found) / len(found)
-
-
-def _weighed(divergence: float, answers: torch.Tensor, texts: int, weight: float) -> tuple[float, float]:
-    """Return what a choice loses, and what plans tell of it.
-
-    Of a text whose answers lose x nats a token `1 - exp(-x)` counts, which is x as long as it is small: what is lost
-    anyway takes nothing from what can be kept.
-
-    Args:
-        divergence: Of the calibration texts.
-        answers: Nats that answers lose, of each text. Those that get likelier than they were do not make up for others.
-        texts: How many of these are calibration texts, first: plans tell the recall of all of them together.
-        weight: Of recall.
-    """
-    own = float(answers[:texts].mean().clamp(min=0))
-    lost = -torch.expm1(-answers.clamp(min=0))
-    return divergence + weight * float(lost.mean()), divergence + weight * own
-
-
-def _slopes(
-    slopes: torch.Tensor, answers: torch.Tensor, texts: int, weight: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the gradients of the recall in both that `_weighed` returns.
-
-    Args:
-        slopes: The gradient of `answers`, of each text.
-    """
-    lost = torch.exp(-answers.clamp(min=0)).to(slopes.dtype)
-    own = _slope(slopes[:texts].mean(0, keepdim=True), answers[:texts].mean(0, keepdim=True), weight)
-    return _slope(slopes * lost[:, None, None], answers, weight), own
-
-
-def _slope(slopes: torch.Tensor, answers: torch.Tensor, weight: float) -> torch.Tensor:
-    """Return the mean gradient: of nothing where answers got likelier; where little is lost, or nothing, as it is."""
-    return weight * (slopes * (answers > -ROUNDING)[:, None, None]).mean(0)
