@@ -81,9 +81,13 @@ def test_what_is_told_is_expected_by_its_own_gradient(seed: int) -> None:
     assert with_costs == found, "costs that are alike change nothing"
 
 
-@pytest.mark.parametrize(("told", "expected"), [(-2.0, 9.0 - 0.5 * 8.0), (2.0, 9.0 + 8.0), (-20.0, 0.009)])
-def test_gains_are_expected_as_far_as_the_steps_before_kept_what_they_promised(told: float, expected: float) -> None:
-    """The first step, of units 0 to 3, promises 16 and keeps 8; the second one, of the others, promises 4."""
+@pytest.mark.parametrize(
+    ("told", "near", "far"),
+    [(-2.0, 9.0 - 0.5 * 8.0, 10.0 - 0.5 * 16.0), (2.0, 9.0 + 8.0, 10.0 + 0.0), (-20.0, 0.009, 0.01)],
+)
+def test_what_is_expected_goes_by_all_choices_before(told: float, near: float, far: float) -> None:
+    """The first step, of units 0 to 3, promises 16 and keeps 8; the second one, of the others, promises 4. Gains are
+    expected as far as the step before kept what it promised, and the choice before the last is twice as near."""
     losses, tells = {0: 100.0, 4: 92.0, 8: 88.0}, {0: 10.0, 4: 9.0, 8: 3.0}
 
     def gradient(choice: tuple[int, ...]) -> torch.Tensor:
@@ -95,7 +99,28 @@ def test_gains_are_expected_as_far_as_the_steps_before_kept_what_they_promised(t
     nothing = torch.zeros(8, 2)
     found = refine((0,) * 8, nothing, nothing, 1.0, lambda c: (losses[sum(c)], tells[sum(c)]), gradient, 2)
     assert found.choice == (1,) * 8
-    assert found.expected == pytest.approx(expected)
+    assert found.expected == pytest.approx((2 * near + far) / 3)
+
+
+def test_noise_of_what_is_told_is_not_expected_again() -> None:
+    """Steps that change nothing of what is told, each of which is told to be one off, more or less."""
+    chance = torch.Generator().manual_seed(0)
+    slope = torch.tensor([[0.0, -1.0 - unit / 64] for unit in range(64)])
+    errors = []
+    for _ in range(50):
+        tells = 9.0 + 2.0 * torch.randint(0, 2, (5,), generator=chance)
+
+        def gradient(choice: tuple[int, ...]) -> torch.Tensor:
+            return torch.stack((slope, torch.zeros_like(slope)))
+
+        def look(choice: tuple[int, ...], tells: torch.Tensor = tells) -> tuple[float, float]:
+            return 64.0 - sum(choice), float(tells[sum(choice) // 8])
+
+        nothing = torch.zeros(64, 2)
+        found = refine((0,) * 64, nothing, nothing, 1.0, look, gradient, 4)
+        assert sum(found.choice) == 32
+        errors.append(found.expected - 10.0)
+    assert torch.tensor(errors).square().mean() < 0.5, "of the last choice before by itself: 1"
 
 
 @pytest.mark.parametrize("alike", [0.7, 0.3, 0.0])

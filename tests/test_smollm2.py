@@ -159,8 +159,8 @@ def test_a_plan_keeps_recall_that_equal_windows_lose(loaded: Any) -> None:
     model, tokenizer = loaded
     text, window = PROSE[:6000], "sparse:window=208,num_sinks=4"
     options = {"context_length": 640, "tokenizer": tokenizer, "number": 1, "rounds": 2}
-    plan = hf_effattn.plan(model, [text], "45%", candidates=[window], **options)
+    plan = hf_effattn.plan(model, [text], "60%", candidates=[window], **options)
     assert plan.price <= plan.budget.limit
-    assert {18, 7} & {layer.index for layer in plan.layers if layer.choice == "dense"}  # which find what is far away
+    assert {7, 18} <= {layer.index for layer in plan.layers if layer.choice == "dense"}  # which find what is far away
     kept, lost, dense = (plan.measured[name].recall for name in ("this plan", window, "dense"))
-    assert kept - dense < (lost - dense) / 2
+    assert kept - dense < (lost - dense) / 20

@@ -21,9 +21,9 @@ class Refined(NamedTuple):
 
     Args:
         choice: Index of a candidate of each unit.
-        expected: What is told of its loss, as it was expected from the choice before the last step, once the gain that
-            a step promises is counted as far as the steps before it kept what they promised; as it was seen if there
-            was no step.
+        expected: What is told of its loss, as it was expected before the last step; as it was seen if there was none.
+            It is noisy, so all choices that were looked at before count, the nearer ones more, each changed as the
+            gradient says; gains as far as the steps before kept what they promised.
     """
 
     choice: tuple[int, ...]
@@ -58,7 +58,7 @@ def refine(
     """
     loss, told = look(choice)
     slopes, most, expected, bend = None, max(len(choice) // SHARE, 4), told, 1.0
-    promised, kept, looked = 0.0, 0.0, {choice}
+    promised, kept, looked = 0.0, 0.0, {choice: told}
     with tqdm(total=rounds, desc="refining", unit="round") as bar:
         while loss > 0 and most and len(looked) <= rounds:
             bar.set_postfix(lost=f"{loss:.4f}")
@@ -66,7 +66,7 @@ def refine(
             changes = slopes - slopes.gather(2, _at(choice).expand(2, -1, -1))
             changes = changes + bend * (costs - costs.gather(1, _at(choice))).abs()
             found = _step(choice, changes[0], prices, limit, most)
-            less, more = changes.gather(2, _at(found).expand(2, -1, -1)).sum((1, 2)).tolist()
+            less = _sum(changes[0], found)
             if less >= 0 and bend <= LEAST_BEND:
                 break
             if less >= 0:
@@ -75,18 +75,31 @@ def refine(
             if found in looked:
                 most = _changes(found, choice) // 2
                 continue
-            new, new_told = look(found)
-            looked.add(found)
+            new, told = look(found)
             bar.update()
             trust = min(max(kept / promised, 0.0), 1.0) if promised else 1.0
+            before, looked = looked, looked | {found: told}
             promised, kept = promised - less, kept + loss - new
             if new >= loss:
                 most = _changes(found, choice) // 2
                 continue
             bend = max(bend / 2, LEAST_BEND) if new < loss + less else bend
-            expected = max(told + more * (trust if more < 0 else 1.0), LEAST_LEFT * told)
-            choice, loss, told, slopes = found, new, new_told, None
+            expected = _expected(found, before, changes[1], trust)
+            choice, loss, slopes = found, new, None
     return Refined(choice, expected)
+
+
+def _expected(
+    choice: tuple[int, ...], looked: dict[tuple[int, ...], float], changes: torch.Tensor, trust: float
+) -> float:
+    """Return what is to be told of a choice, of which others were told that were `looked` at."""
+    total = weights = 0.0
+    for other, told in looked.items():
+        more = _sum(changes, choice) - _sum(changes, other)
+        weight = 1 / _changes(choice, other)
+        total += weight * max(told + more * (trust if more < 0 else 1.0), LEAST_LEFT * told)
+        weights += weight
+    return total / weights
 
 
 def _step(
@@ -116,6 +129,10 @@ def _step(
 
 def _at(choice: tuple[int, ...]) -> torch.Tensor:
     return torch.tensor(choice)[:, None]
+
+
+def _sum(values: torch.Tensor, choice: tuple[int, ...]) -> float:
+    return float(values.gather(1, _at(choice)).sum())
 
 
 def _changes(first: tuple[int, ...], second: tuple[int, ...]) -> int:

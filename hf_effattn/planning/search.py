@@ -70,7 +70,8 @@ def plan(
         tokenizer: Of the model; None to load the one that belongs to it.
         number: Calibration texts.
         recall_weight: What a nat of an answer's token counts beside one of the documents, 0 or more; less for budgets
-            that cannot keep recall anyway. To choices a text whose answers lose x nats a token counts `1 - exp(-x)`.
+            that cannot keep recall anyway. To choices an answer of n tokens that lose x nats each counts
+            `(1 - exp(-n x)) / n`.
         rounds: Of the search, and steps to better choices. With candidates other than patterns and linear attention as
             they come (selectors, mechanisms that read more than queries and keys), there are none: recall is that of
             single changes, which is too little.
