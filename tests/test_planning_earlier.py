@@ -46,6 +46,14 @@ def test_a_plan_is_the_choice_that_was_refined(monkeypatch: pytest.MonkeyPatch, 
     assert before == pytest.approx(0.5 * lost[0], rel=1e-4) if changes else before == pytest.approx(lost[0], rel=0.3)
 
 
+def test_plans_can_be_made_where_no_gradients_are_wanted() -> None:
+    """The search has gradients of its own."""
+    model = small_model(TOKENIZER, num_hidden_layers=2)
+    with torch.inference_mode():
+        found = planned(model)
+    assert found == planned(model)
+
+
 @pytest.mark.parametrize("missing", [9, 3, 0])
 def test_a_search_and_steps_that_were_killed_go_on_from_what_is_known(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: int

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..architectures import head_counts
@@ -108,14 +109,16 @@ def plan(
         counts = {unit.layer: head_counts(targets.modules[unit.layer], model.config)[1] for unit in units}
         units = [Unit(layer, head) for layer, number in counts.items() for head in range(number)]
     tokenizer = tokenizer or _tokenizer(model)
-    probes = make_probes(documents, tokenizer, context_length, number, seed, measured)
-    asked = [*(probe.questions for probe in probes), *make_asked(tokenizer, context_length, seed)]
-    journal = Journal() if out is None else Journal(Path(out), identity_of(model, probes))
     was_training = model.training
     model.eval()
     try:
-        own = Measurements(model, units, found, probes, journal)
-        return _search(own, asked, budget, rounds, recall_weight, earlier)
+        with torch.inference_mode(False):  # the search has gradients
+            probes = make_probes(documents, tokenizer, context_length, number, seed, measured)
+            asked = [probe.questions for probe in probes]
+            asked += make_asked(tokenizer, context_length, seed) if recall_weight else []
+            journal = Journal() if out is None else Journal(Path(out), identity_of(model, probes))
+            own = Measurements(model, units, found, probes, journal)
+            return _search(own, asked, budget, rounds, recall_weight, earlier)
     finally:
         revert_attention(model)
         model.train(was_training)
