@@ -30,7 +30,7 @@ from .together import choose_together
 
 logger = logging.getLogger(__name__)
 
-RECALL_WEIGHT, ROUNDS = 0.1, 5
+RECALL_WEIGHT, ROUNDS = 0.2, 5
 
 
 def plan(

@@ -32,17 +32,21 @@ def _frontier(axis: Any, plan: Plan) -> None:
         other = plan.for_budget(Budget(plan.budget.unit, limit))
         curve.append((other.price * scale, math.exp(other.predicted - dense)))
     axis.plot(*zip(*curve, strict=True), color="0.5", label="predicted")
+    low, high = _range([y for _, y in curve] + [math.exp(plan.total(name) - dense) for name in plan.measured])
     for name in plan.candidates:
-        axis.plot([prices[name] * scale], [math.exp(plan.total(name) - dense)], "o", label=f"{name} everywhere")
+        lost = math.exp(plan.total(name) - dense)
+        where, marker = (lost, "o") if lost <= high else (high, "^")
+        told = f"{name} everywhere" + ("" if lost <= high else f": {lost:.3g}")
+        axis.plot([prices[name] * scale], [where], marker, label=told, clip_on=False)
     if PLAN in plan.measured:
         axis.plot([plan.price * scale], [math.exp(plan.total(PLAN) - dense)], "k*", markersize=13, label=PLAN)
     axis.axvline(plan.budget.limit * scale, color="0.7", linestyle=":")
     axis.set_xscale("log")
     axis.set_xlabel("cache of a row [MB]" if plan.budget.unit == BYTES else "decoding step [ms]")
     axis.set_ylabel("perplexity over dense, recall counted in")
-    axis.set_ylim(*_range([y for _, y in curve] + [math.exp(plan.total(name) - dense) for name in plan.measured]))
+    axis.set_ylim(low, high)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=6, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)  # below: it would hide points
+    axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(-0.15, -0.14), ncols=2)  # below: it would hide points
 
 
 def _range(values: list[float]) -> tuple[float, float]:
