@@ -12,7 +12,7 @@ import torch
 from layers import DECODED, FLEX, Bench
 from models import load
 from torch.nn.functional import scaled_dot_product_attention
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_effattn import convert_attention
 from hf_effattn.cache import EffAttnCacheLayer
@@ -23,6 +23,7 @@ from hf_effattn.patterns import streaming
 Run = Callable[[], object]
 MASKED_TO, FLEX_TO = 4096, 16384
 QUADRATIC_TO = 2048  # tokens up to which the plain quadratic form is measured
+OWN_WINDOWS = (256, 1024)  # of the cache that transformers has for them
 FEATURES = 128  # of the variant whose features are given
 GIVEN = "linear, features given"
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # of the whole model
@@ -102,6 +103,7 @@ def decode(bench: Bench, length: int) -> dict[str, Run]:
     runs: dict[str, Run] = {**yardstick(bench), "add_ dispatch": lambda: base.add_(1.0)}
     runs["dense DynamicCache"] = _dense_step(k, v, one)
     runs["dense, preallocated"] = _preallocated_step(k, v, one)
+    runs |= {f"transformers' window of {window}": _window_step(window, k, v, one) for window in OWN_WINDOWS}
     names = [name for name in (*bench.names, *DECODED) if name not in FLEX]  # single queries are never its
     return runs | {name: _converted_step(bench, name, (q, k, v), one) for name in names}
 
@@ -114,6 +116,18 @@ def _dense_step(k: torch.Tensor, v: torch.Tensor, one: list[torch.Tensor]) -> Ru
         keys, values = layer.update(one[1], one[2])
         scaled_dot_product_attention(one[0], keys, values, enable_gqa=True)
         layer.crop(-1)
+
+    return step
+
+
+def _window_step(window: int, k: torch.Tensor, v: torch.Tensor, one: list[torch.Tensor]) -> Run:
+    """One token behind the cache that transformers gives layers with a window of their own, which it makes anew."""
+    layer = DynamicSlidingWindowLayer(window)
+    layer.update(k, v)
+
+    def step() -> None:
+        keys, values = layer.update(one[1], one[2])
+        scaled_dot_product_attention(one[0], keys, values, enable_gqa=True)
 
     return step
 

@@ -72,7 +72,9 @@ class SparseAttention(Mechanism):
     def _attend_one(self, state: KeyValueState, query: torch.Tensor, call: Call) -> torch.Tensor:
         """Attend with one query, the last token of `state`, to whatever slots it sees."""
         if self.pattern.band and self.store.window != 1 and self._is_filled(state):
-            keys, values = (x[:, :, : state.most] for x in (state.keys, state.values))
+            keys, values = state.keys, state.values
+            if keys.shape[2] > state.most:
+                keys, values = keys[:, :, : state.most], values[:, :, : state.most]
             return masked.attend(query, keys, values, None, call.scale, call.dropout)
         last = state.num_tokens[:, None] - 1
         return masked.sparse_attention(

@@ -216,9 +216,9 @@ class KeyValueStore:
         state = self._grown(state, self.num_slots(state.most + 1))
         if state.least == state.most and state.least > self._last_pinned:
             slot = self._ring_slot(state.most)
-            state.keys[:, :, slot] = key[:, :, 0]
-            state.values[:, :, slot] = value[:, :, 0]
-            state.positions[:, slot] = state.most
+            state.keys.select(2, slot).copy_(key.select(2, 0))  # an assignment by index takes twice the time
+            state.values.select(2, slot).copy_(value.select(2, 0))
+            state.positions.select(1, slot).fill_(state.most)
         else:
             slots = self._slots(state.num_tokens)[:, None]  # [B, 1]
             for old, new in ((state.keys, key), (state.values, value)):

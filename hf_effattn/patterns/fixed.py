@@ -22,13 +22,27 @@ def fixed(stride: int, num_summary: int = 8) -> Pattern:
     if num_summary > stride:
         raise ValueError(f"num_summary must be at most stride ({stride}); got {num_summary}")
 
-    def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        own_block = torch.div(q, stride, rounding_mode="floor") == torch.div(k, stride, rounding_mode="floor")
-        return (k <= q) & (own_block | (k % stride >= stride - num_summary))
+    def own(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return torch.div(q, stride, rounding_mode="floor") == torch.div(k, stride, rounding_mode="floor")
 
-    def candidates(start: int, stop: int) -> Ranges:
-        own = start // stride * stride
-        return [(own, stop, 1), *((stride - 1 - i, own, stride) for i in range(num_summary))]
+    def summary(k: torch.Tensor) -> torch.Tensor:
+        return k % stride >= stride - num_summary
 
-    part = Part(mask_mod, candidates, block_size=max(stride, 64), exact=stride >= 64)  # then one own block at a time
-    return Pattern(mask_mod, Retention(), parts=(part,))
+    def first(position: int) -> int:
+        return position // stride * stride
+
+    size, exact = max(stride, 64), stride >= 64  # then one own block at a time
+    block = Part(
+        lambda b, h, q, k: (k <= q) & own(q, k),
+        lambda start, stop: [(first(start), stop, 1)],
+        block_size=size,
+        exact=exact,
+    )
+    columns = Part(
+        lambda b, h, q, k: (k <= q) & ~own(q, k) & summary(k),
+        lambda start, stop: [(stride - 1 - i, first(start if exact else stop), stride) for i in range(num_summary)],
+        block_size=size,
+        exact=exact,
+        growing=True,
+    )
+    return Pattern(lambda b, h, q, k: (k <= q) & (own(q, k) | summary(k)), Retention(), parts=(block, columns))

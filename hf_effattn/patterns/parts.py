@@ -35,6 +35,8 @@ class Part:
         by_head: `(start, stop, num_heads) -> positions [H, n]`, candidates that differ by head, negative where a head
             has fewer.
         exact: Whether every query of a block sees all of its candidates that are not behind it.
+        growing: Whether the candidates of a block are those of the last block before a position that is theirs, the
+            largest `high`: all of them are then gathered once.
     """
 
     mask_mod: MaskMod
@@ -43,6 +45,7 @@ class Part:
     block_size: int = BLOCK
     by_head: CandidatesByHead | None = None
     exact: bool = False
+    growing: bool = False
 
     def joined(self, other: Part) -> Part:
         """Return the part of what either admits; both have the same stride."""

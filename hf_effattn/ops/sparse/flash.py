@@ -38,28 +38,35 @@ def merged(
     first: torch.Tensor, logsumexp: torch.Tensor, second: torch.Tensor, other: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what queries get from two disjoint sets of keys, and its log-sum-exp: `o = e^{ℓ₁ − ℓ} o₁ + e^{ℓ₂ − ℓ} o₂`
-    with `ℓ = log(e^{ℓ₁} + e^{ℓ₂})`; zero where both are minus infinity.
+    with `ℓ = log(e^{ℓ₁} + e^{ℓ₂})`; `o₁` where both are minus infinity.
 
     Args:
         first, second: Outputs `[..., V]`; logsumexp, other: theirs `[...]`, minus infinity where a query saw nothing.
     """
-    both = torch.logaddexp(logsumexp, other)
-    nothing = both == -torch.inf
-    old, new = ((x - both).exp().masked_fill(nothing, 0.0)[..., None] for x in (logsumexp, other))
-    return torch.addcmul(second * new, first, old), both
+    weight = (other - logsumexp).sigmoid().nan_to_num(nan=0.0)[..., None]  # e^{ℓ₂ − ℓ}
+    old, new = first.to(weight.dtype), second.to(weight.dtype)
+    return torch.lerp(old, new, weight), torch.logaddexp(logsumexp, other)
 
 
 def forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor, scale: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    hidden: torch.Tensor | None,
+    scale: float,
+    causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the output `[B, H, T, D]` and the log-sum-exp of the scores `[B, H, T]`, in at least float32; what it is
     where all is hidden has no meaning.
 
     Args:
         query: `[B, H, T, D]`; key, value: `[B, G, S, D]`.
-        hidden: Added to the scores, in the dtype of the query, `[1, 1 or H, T, S]`.
+        hidden: Added to the scores, in the dtype of the query, `[1, 1 or H, T, S]`; None where all is seen,
+            or, with `causal`, the keys up to the query's own.
     """
-    return _FORWARD(query, key, value, 0.0, False, attn_mask=hidden, scale=scale)  # type: ignore[misc]
+    rows = _folded(query, key.shape[1]) if hidden is None and not causal else query
+    output, logsumexp = _FORWARD(rows, key, value, 0.0, causal, attn_mask=hidden, scale=scale)  # type: ignore[misc]
+    return output.reshape(*query.shape[:3], -1), logsumexp.reshape(query.shape[:3])
 
 
 def backward(
@@ -69,13 +76,25 @@ def backward(
     logsumexp: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    hidden: torch.Tensor,
+    hidden: torch.Tensor | None,
     scale: float,
+    causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, key and value.
 
     Args:
         output, logsumexp: Of all keys of the queries, these and others.
     """
-    tensors = (grad_output, query, key, value, output, logsumexp.contiguous())
-    return _BACKWARD(*tensors, 0.0, False, attn_mask=hidden, scale=scale)  # type: ignore[misc]
+    rows = [grad_output, query, output, logsumexp]
+    if hidden is None and not causal:
+        rows = [_folded(x, key.shape[1]) for x in rows]
+    grad, q, o, total = rows
+    tensors = (grad, q, key, value, o, total.contiguous())
+    found = _BACKWARD(*tensors, 0.0, causal, attn_mask=hidden, scale=scale)  # type: ignore[misc]
+    return found[0].reshape(query.shape), *found[1:]
+
+
+def _folded(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """Return x `[B, H, T, ·]` with the query heads of a key/value head as rows below each other `[B, G, R·T, ·]`: larger
+    products, which are faster. A mask would have to be repeated for it."""
+    return x.reshape(x.shape[0], groups, -1, *x.shape[3:])

@@ -44,14 +44,16 @@ class Job(NamedTuple):
     Args:
         queries: Which of the queries.
         keys: Which of the keys: a slice, or indices `[n]` or `[H, n]`.
-        hidden: Zero for what a query sees and minus infinity for the rest, `[1, 1 or H, t, n]`.
+        hidden: Zero for what a query sees and minus infinity for the rest, `[1, 1 or H, t, n]`; None where each sees
+            all, or with `causal` the candidates up to its own.
         blind: Which queries see nothing at all, booleans `[1, 1 or H, t]`; None where nobody asks.
     """
 
     queries: slice
     keys: slice | torch.Tensor
-    hidden: torch.Tensor
-    blind: torch.Tensor | None
+    hidden: torch.Tensor | None = None
+    blind: torch.Tensor | None = None
+    causal: bool = False
 
 
 def sparse_attention(
@@ -91,13 +93,21 @@ class _Gathered(torch.autograd.Function):
         grads = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in (query, key, value)]
         logsumexp = logsumexp.masked_fill(logsumexp == -torch.inf, torch.inf)  # of blind queries: no weight at all
         for part in ctx.parts:
-            for job in _jobs(part, query, ctx.places, False):
-                k, v = (_take(x, job.keys, query.shape[1]) for x in (key, value))
+            every = _every(part, query, ctx.places)
+            taken = [_take(x, every.keys, query.shape[1]) for x in (key, value)]
+            given = [
+                x if every.positions is None else torch.zeros_like(y, dtype=wide) for x, y in zip(grads[1:], taken)
+            ]
+            for job in _jobs(part, query, ctx.places, every, False):
+                k, v = (_take(x, job.keys, query.shape[1]) for x in taken)
                 grad, q, o, total = (x[:, :, job.queries] for x in (grad_output, query, output, logsumexp))
-                found = flash.backward(grad, q, o, total, k, v, job.hidden, ctx.scale)
+                found = flash.backward(grad, q, o, total, k, v, job.hidden, ctx.scale, job.causal)
                 grads[0][:, :, job.queries] += found[0]
-                _give(grads[1], job.keys, found[1])
-                _give(grads[2], job.keys, found[2])
+                for whole, own in zip(given, found[1:], strict=True):
+                    _give(whole, job.keys, own)
+            if every.positions is not None:
+                for whole, own in zip(grads[1:], given, strict=True):
+                    _give(whole, every.keys, own)
         return None, None, None, *(grad.to(query.dtype) for grad in grads)
 
 
@@ -115,9 +125,11 @@ def _forward(
     output = query.new_zeros(batch, tokens, heads, value.shape[3]).transpose(1, 2)
     total = query.new_full((batch, heads, tokens), -torch.inf, dtype=wide)
     for index, part in enumerate(parts):
-        for job in _jobs(part, query, places, len(parts) > 1):
-            q, (k, v) = query[:, :, job.queries], (_take(x, job.keys, query.shape[1]) for x in (key, value))
-            own, logsumexp = flash.forward(q, k, v, job.hidden, scale)
+        every = _every(part, query, places)
+        taken = [_take(x, every.keys, heads) for x in (key, value)]
+        for job in _jobs(part, query, places, every, len(parts) > 1):
+            q, (k, v) = query[:, :, job.queries], (_take(x, job.keys, heads) for x in taken)
+            own, logsumexp = flash.forward(q, k, v, job.hidden, scale, job.causal)
             if job.blind is not None:
                 logsumexp = logsumexp.masked_fill(job.blind, -torch.inf)
             if index:
@@ -128,8 +140,31 @@ def _forward(
     return output, total
 
 
-def _jobs(part: Part, query: torch.Tensor, places: Places, wants_blind: bool) -> Iterator[Job]:
-    """Cut the queries of one part into blocks, and find their candidates."""
+class Every(NamedTuple):
+    """The candidates of all queries of a growing part, in their order, of which each block has the first ones; of
+    another part, all keys.
+
+    Args:
+        keys: Which of the keys; positions: theirs `[n]`, None for all keys.
+    """
+
+    keys: slice | torch.Tensor
+    positions: torch.Tensor | None = None
+
+    def before(self, position: int) -> tuple[slice, torch.Tensor]:
+        """Return which of them are before a position, and their positions."""
+        assert self.positions is not None
+        number = int(torch.searchsorted(self.positions, position))
+        return slice(0, number, 1), self.positions[:number]
+
+
+def _every(part: Part, query: torch.Tensor, places: Places) -> Every:
+    end = places.first + query.shape[2]
+    return Every(*_candidates(part, end - 1, end, query, places)) if part.growing else Every(slice(None))
+
+
+def _jobs(part: Part, query: torch.Tensor, places: Places, every: Every, wants_blind: bool) -> Iterator[Job]:
+    """Cut the queries of one part into blocks, and find their candidates among `every`."""
     first, end, stride = places.first, places.first + query.shape[2], part.stride
     heads = torch.arange(query.shape[1], device=query.device)[None, :, None, None]
     zero, shown, unseen = heads.new_zeros(1, 1, 1, 1), query.new_zeros(()), query.new_full((), -torch.inf)
@@ -138,23 +173,31 @@ def _jobs(part: Part, query: torch.Tensor, places: Places, wants_blind: bool) ->
         while start < end:
             after = (start // stride // part.block_size + 1) * part.block_size * stride + begin % stride
             stop = min(after, end)
-            keys, positions = _candidates(part, start, stop, query, places)
-            if positions.shape[-1]:
+            if every.positions is None:
+                keys, positions = _candidates(part, start, stop, query, places)
+            else:
+                keys, positions = every.before(min(max(high for _, high, _ in part.candidates(start, stop)), stop))
+            block = slice(start - first, stop - first, stride)
+            if part.exact and every.positions is None and isinstance(keys, slice) and keys == slice(start, stop, 1):
+                yield Job(block, keys, causal=True)
+            elif part.exact and positions.ndim == 1 and positions.shape[0] and positions[-1] <= start:
+                yield Job(block, keys)
+            elif positions.shape[-1]:
                 at = torch.arange(start, stop, stride, device=query.device)[None, None, :, None]
                 other = positions.view(1, -1, 1, positions.shape[-1])
                 seen = other <= at if part.exact else part.mask_mod(zero, heads, at, other)  # [1, 1 or H, t, n]
                 seen = seen & (other >= 0) if part.by_head else seen
                 hidden = torch.where(seen, shown, unseen)
                 blind = ~seen.any(dim=-1) if wants_blind else None
-                yield Job(slice(start - first, stop - first, stride), keys, hidden, blind)
+                yield Job(block, keys, hidden, blind)
             start = after
 
 
 def _candidates(
     part: Part, start: int, stop: int, query: torch.Tensor, places: Places
 ) -> tuple[slice | torch.Tensor, torch.Tensor]:
-    """Return the candidates of the queries `start .. stop` as keys, and their positions `[n]` or `[H, n]`; negative
-    positions stand for nothing."""
+    """Return the candidates of the queries `start .. stop` as keys, and their positions, `[n]` in their order or
+    `[H, n]`; negative positions stand for nothing."""
     heads, device = query.shape[1], query.device
     ranges = [
         (low if low >= 0 else low % step, min(high, stop), step) for low, high, step in part.candidates(start, stop)

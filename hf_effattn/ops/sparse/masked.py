@@ -44,8 +44,16 @@ def attend(
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """Softmax attention of grouped heads under `mask` (boolean, or additive in the query's dtype; None for all)."""
+    heads, groups = query.shape[1], key.shape[1]
+    if query.shape[2] == 1 and heads > groups and (mask is None or mask.ndim < 4 or mask.shape[1] == 1):
+        # Query heads that share keys become rows of one product: keys are read once, not once for each of them.
+        rows = query.reshape(query.shape[0], groups, heads // groups, -1)
+        output = functional.scaled_dot_product_attention(
+            rows, key, value, attn_mask=mask, scale=scale, dropout_p=dropout
+        )
+        return output.reshape(*query.shape[:3], -1)
     return functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scale, dropout_p=dropout, enable_gqa=query.shape[1] != key.shape[1]
+        query, key, value, attn_mask=mask, scale=scale, dropout_p=dropout, enable_gqa=heads != groups
     )
 
 
