@@ -274,4 +274,8 @@ def test_parts_are_the_pattern(name: str) -> None:
             assert not (seen[:, queries].any(dim=1) & ~near).any()
             if part.exact:
                 assert torch.equal(seen[:, queries], near[:, None] & (k <= queries[:, None]))
+            if part.growing:
+                every = {j for ranges in part.candidates(LENGTH - 1, LENGTH) for j in range(*ranges)}
+                high = max(high for _, high, _ in part.candidates(start, int(queries[-1]) + 1))
+                assert set(near[0].nonzero().flatten().tolist()) == {j for j in every if j < high}
     assert torch.equal(admitted, by_head(pattern, heads).long())

@@ -6,7 +6,7 @@ import torch
 
 from ..notation import whole_number
 from .base import Pattern, register_pattern
-from .parts import Part, Ranges
+from .parts import Part
 from .retention import Retention
 
 

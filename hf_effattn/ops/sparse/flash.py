@@ -95,6 +95,6 @@ def backward(
 
 
 def _folded(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """Return x `[B, H, T, ·]` with the query heads of a key/value head as rows below each other `[B, G, R·T, ·]`: larger
-    products, which are faster. A mask would have to be repeated for it."""
+    """Return x `[B, H, T, ·]` with the query heads of a key/value head as rows below each other, `[B, G, R·T, ·]`:
+    these make larger products, which are faster. A mask would have to be repeated for it."""
     return x.reshape(x.shape[0], groups, -1, *x.shape[3:])

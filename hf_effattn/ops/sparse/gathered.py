@@ -95,9 +95,9 @@ class _Gathered(torch.autograd.Function):
         for part in ctx.parts:
             every = _every(part, query, ctx.places)
             taken = [_take(x, every.keys, query.shape[1]) for x in (key, value)]
-            given = [
-                x if every.positions is None else torch.zeros_like(y, dtype=wide) for x, y in zip(grads[1:], taken)
-            ]
+            given = grads[1:]
+            if every.positions is not None:
+                given = [torch.zeros_like(x, dtype=wide) for x in taken]
             for job in _jobs(part, query, ctx.places, every, False):
                 k, v = (_take(x, job.keys, query.shape[1]) for x in taken)
                 grad, q, o, total = (x[:, :, job.queries] for x in (grad_output, query, output, logsumexp))
