@@ -173,9 +173,11 @@ class Mechanism(nn.Module):
         if self.num_gates:
             assert gates is not None
             key = torch.cat((key, gates.to(key.dtype)), dim=-1)
-        call = Call(scale, dropout=dropout, keep_state=cache_layer is not None and not cache_layer.record_past)
         if cache_layer is not None:
+            keep = not cache_layer.record_past
+            call = Call(scale, dropout=dropout, in_place=keep and not torch.is_grad_enabled(), keep_state=keep)
             return self._attend_cached(query, key, value, segments, cache_layer, call)
+        call = Call(scale, dropout=dropout, keep_state=False)
         if segments is None or _only_trailing_padding(segments):
             return self.attend(None, query, key, value, call)[0]
         if segments.dtype == torch.bool:
@@ -209,7 +211,6 @@ class Mechanism(nn.Module):
         call: Call,
     ) -> torch.Tensor:
         state = cache_layer.past(lambda state, tokens: self._advance(state, tokens, call.scale))
-        call = call._replace(in_place=not (cache_layer.record_past or torch.is_grad_enabled()))
         if mask is None:
             output, state = self.attend(state, query, key, value, call)
         else:

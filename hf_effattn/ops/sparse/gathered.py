@@ -168,29 +168,38 @@ def _jobs(part: Part, query: torch.Tensor, places: Places, every: Every, wants_b
     first, end, stride = places.first, places.first + query.shape[2], part.stride
     heads = torch.arange(query.shape[1], device=query.device)[None, :, None, None]
     zero, shown, unseen = heads.new_zeros(1, 1, 1, 1), query.new_zeros(()), query.new_full((), -torch.inf)
-    for begin in range(first, min(first + stride, end)):
+    for start, stop in _blocks(part, first, end):
+        if every.positions is None:
+            keys, positions = _candidates(part, start, stop, query, places)
+        else:
+            keys, positions = every.before(min(max(high for _, high, _ in part.candidates(start, stop)), stop))
+        block = slice(start - first, stop - first, stride)
+        if part.exact and every.positions is None and isinstance(keys, slice) and keys == slice(start, stop, 1):
+            yield Job(block, keys, causal=True)
+        elif part.exact and positions.ndim == 1 and positions.shape[0] and positions[-1] <= start:
+            yield Job(block, keys)
+        elif positions.shape[-1]:
+            at = torch.arange(start, stop, stride, device=query.device)[None, None, :, None]
+            other = positions.view(1, -1, 1, positions.shape[-1])
+            seen = other <= at if part.exact else part.mask_mod(zero, heads, at, other)  # [1, 1 or H, t, n]
+            seen = seen & (other >= 0) if part.by_head else seen
+            hidden = torch.where(seen, shown, unseen)
+            blind = ~seen.any(dim=-1) if wants_blind else None
+            yield Job(block, keys, hidden, blind)
+
+
+def _blocks(part: Part, first: int, end: int) -> Iterator[tuple[int, int]]:
+    """Yield from where to where the blocks of queries reach: of a growing part the last one first, since buffers that
+    grow from block to block would each need new memory."""
+    found = []
+    for begin in range(first, min(first + part.stride, end)):
         start = begin
         while start < end:
-            after = (start // stride // part.block_size + 1) * part.block_size * stride + begin % stride
-            stop = min(after, end)
-            if every.positions is None:
-                keys, positions = _candidates(part, start, stop, query, places)
-            else:
-                keys, positions = every.before(min(max(high for _, high, _ in part.candidates(start, stop)), stop))
-            block = slice(start - first, stop - first, stride)
-            if part.exact and every.positions is None and isinstance(keys, slice) and keys == slice(start, stop, 1):
-                yield Job(block, keys, causal=True)
-            elif part.exact and positions.ndim == 1 and positions.shape[0] and positions[-1] <= start:
-                yield Job(block, keys)
-            elif positions.shape[-1]:
-                at = torch.arange(start, stop, stride, device=query.device)[None, None, :, None]
-                other = positions.view(1, -1, 1, positions.shape[-1])
-                seen = other <= at if part.exact else part.mask_mod(zero, heads, at, other)  # [1, 1 or H, t, n]
-                seen = seen & (other >= 0) if part.by_head else seen
-                hidden = torch.where(seen, shown, unseen)
-                blind = ~seen.any(dim=-1) if wants_blind else None
-                yield Job(block, keys, hidden, blind)
+            size = part.block_size * part.stride
+            after = start // size * size + size + begin % part.stride
+            found.append((start, min(after, end)))
             start = after
+    yield from reversed(found) if part.growing else found
 
 
 def _candidates(
