@@ -71,7 +71,8 @@ def watch(model: Any, held: torch.Tensor, seen: dict[str, list[float]]) -> list[
 def trial(subject: Subject, example: Example) -> dict[str, Any]:
     """Return what heads chose and looked at, and the share of digits that were predicted."""
     ids, held, answer = places_of(example, subject)
-    cache, seen, right = DynamicCache(config=subject.model.config), defaultdict(list), []
+    cache, right = DynamicCache(config=subject.model.config), []
+    seen: dict[str, list[float]] = defaultdict(list)
     subject.model(ids[:, : answer - 1], past_key_values=cache, logits_to_keep=1)
     hooks = watch(subject.model, held, seen)
     for at in range(answer - 1, ids.shape[1] - 1):
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--out", type=Path, default=Path("needle_output/needle.json"))
     options = parser.parse_args()
+    model: Any
     model, tokenizer = load(options.model, getattr(torch, options.dtype))
     subject = Subject(model, tokenizer)
     task = TASKS.get("passkey")(Material(subject.count_tokens, ""))
