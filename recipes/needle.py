@@ -1,4 +1,4 @@
-"""Whether the blocks of selectors hold what is looked for: python recipes/needle.py --length 4k --trials 10
+"""Whether the blocks of selectors hold what is looked for: python recipes/needle.py --length 4096 --trials 10
 
 Passkeys hidden at even depths are read by a model that selects part of the blocks (half of them by default), and their
 digits are predicted one by one behind the right ones. At each digit, in each layer and key/value head: is a block that
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import size
 from models import EMBEDDED, load
 from rich.console import Console
 from rich.progress import track
@@ -103,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=EMBEDDED, help="a Hub id, a folder, or the embedded default")
     parser.add_argument("--selector", nargs="+", default=["quest", "moba"], choices=["quest", "moba"])
-    parser.add_argument("--length", type=size, default=4096, help="tokens of a prompt, such as 4k")
+    parser.add_argument("--length", type=int, default=4096, help="tokens of a prompt")
     parser.add_argument("--trials", type=int, default=10)
     parser.add_argument("--part", type=float, default=0.5, help="of the blocks that are chosen")
     parser.add_argument("--block-size", type=int, default=16)

@@ -33,8 +33,7 @@ on_every_model = pytest.mark.parametrize("model", MODELS)
 BOUNDED = [
     case
     for case in ONE_CASE_EACH
-    if case.mechanism == "linear"
-    or ("pattern" in case.options and case.options["pattern"].retention.window is not None)
+    if case.mechanism == "linear" or ("pattern" in case.options and case.options["pattern"].retention.is_bounded)
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,19 +99,37 @@ def test_a_store_holds_what_later_queries_see(name: str) -> None:
         assert len(real) == len(set(real)), "a position is held twice"
 
 
-@given(
-    first=st.tuples(st.none() | st.integers(0, 20), st.frozensets(st.integers(0, 20), max_size=4)),
-    second=st.tuples(st.none() | st.integers(0, 20), st.frozensets(st.integers(0, 20), max_size=4)),
+retentions = st.builds(
+    Retention,
+    st.none() | st.integers(0, 20),
+    st.frozensets(st.integers(0, 20), max_size=4),
+    st.none() | st.sampled_from([(4, 1), (4, 2), (7, 7)]),
 )
-def test_retentions_compose_safely(
-    first: tuple[int | None, frozenset[int]], second: tuple[int | None, frozenset[int]]
-) -> None:
-    a, b = (Retention(window, pinned) for window, pinned in (first, second))
+
+
+@given(a=retentions, b=retentions)
+def test_retentions_compose_safely(a: Retention, b: Retention) -> None:
     q, k = torch.arange(25)[:, None], torch.arange(25)[None]
     causal = k <= q
     union, intersection = a.keeps(q, k) | b.keeps(q, k), a.keeps(q, k) & b.keeps(q, k)
     assert not (causal & union & ~(a | b).keeps(q, k)).any()
     assert not (causal & intersection & ~(a & b).keeps(q, k)).any()
+
+
+@given(retention=retentions, begun=st.integers(0, 40), in_place=st.booleans(), alike=st.booleans())
+def test_a_store_holds_what_is_to_be_kept(retention: Retention, begun: int, in_place: bool, alike: bool) -> None:
+    """After a prefill and token by token, in rows of different lengths: each with its own key, and no other."""
+    store, lengths = KeyValueStore(retention), torch.tensor([begun, begun if alike else max(begun - 3, 0)])
+    prompt = torch.arange(float(begun)).expand(2, 1, -1)[..., None]
+    state = store.append(store.empty(prompt, prompt), prompt, prompt, None if alike else lengths)
+    for _ in range(60 - begun):
+        token = state.num_tokens.float()[:, None, None, None]
+        state = store.append(state, token, token, None, in_place)
+    least = retention if retention.window is None else replace(retention, window=max(retention.window, 1))
+    for held, keys, number in zip(state.positions, state.keys, state.num_tokens, strict=True):
+        kept = least.keeps(number - 1, torch.arange(int(number))).nonzero().flatten()
+        assert torch.equal(held[held >= 0].sort().values, kept)
+        assert torch.equal(keys[0, held >= 0, 0].long(), held[held >= 0])
 
 
 @pytest.mark.parametrize("name", list(ALL))

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 import models
+import needle
 
 import hf_effattn  # noqa: F401  (gives models convert_attention)
 from hf_effattn.evaluation import TASKS, Material, Subject
@@ -153,6 +154,16 @@ def test_it_finds_passkeys_which_a_window_has_lost(loaded: Any, smollm2: Any) ->
         assert record["score"] == (example.details["depth"] > 0.9)
     smollm2.convert_attention("sparse", selector="quest", num_blocks=32)  # half of the blocks
     assert [record["score"] for record in task.run(subject, examples, 1024)] == [1.0] * 4
+
+
+def test_half_of_the_blocks_hold_the_passkey(loaded: Any, smollm2: Any) -> None:
+    subject = Subject(smollm2, loaded[1])
+    examples = TASKS.get("passkey")(Material(subject.count_tokens, "")).examples(1024, 2)
+    smollm2.convert_attention("sparse", selector="quest", block_size=16, num_blocks=32)
+    found = needle.summary([needle.trial(subject, example) for example in examples])
+    assert found["trials in which some head chose it"] == found["digits predicted"] == 1.0
+    assert found["of heads that look, those that chose it"] >= 0.95
+    assert found["of the weight on it"] >= 0.95
 
 
 def test_a_plan_keeps_recall_that_equal_windows_lose(loaded: Any) -> None:

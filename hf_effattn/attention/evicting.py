@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from ..cache.key_value import GROWTH
+from ..cache.slots import GROWTH
 from ..config import SparseConfig
 from ..evictions import EVICTIONS, Evidence
 from ..notation import may_overwrite

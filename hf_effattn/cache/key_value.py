@@ -1,23 +1,16 @@
-"""A store of keys and values that keeps what a `Retention` asks for, and no more.
-
-Slots: first the pinned positions, then a ring of the last `window` positions (or, where everything is kept, all of
-them). Storage grows in steps of `GROWTH` slots until the ring is whole and never after. Positions count the real
-tokens of each row, so rows with different padding have their own rings.
-"""
+"""A store of keys and values that keeps what a `Retention` asks for, and no more."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
 from ..notation import may_overwrite
 from ..ops.stream import Stream
-from ..patterns import Retention
-
-GROWTH = 256
-Index = TypeVar("Index", int, torch.Tensor)
+from ..patterns.retention import in_columns
+from .slots import Slots
 
 
 class KeyValueState(NamedTuple):
@@ -38,22 +31,12 @@ class KeyValueState(NamedTuple):
     most: int
 
 
-class KeyValueStore:
-    """The rules of a store: which slot holds which position. It has no state of its own.
+class KeyValueStore(Slots):
+    """How a store is made and goes on from token to token. It has no state of its own.
 
     Args:
         retention: What to keep.
     """
-
-    def __init__(self, retention: Retention) -> None:
-        self.window = None if retention.window is None else max(retention.window, 1)
-        self.pinned = [] if retention.window is None else sorted(retention.pinned)
-        self.num_leading = next((i for i, p in enumerate(self.pinned) if i != p), len(self.pinned))
-
-    def num_slots(self, num_tokens: int) -> int:
-        """Return how many slots are allocated once `num_tokens` have come."""
-        ring = -(-max(num_tokens - self.num_leading, 0) // GROWTH) * GROWTH
-        return len(self.pinned) + (ring if self.window is None else min(ring, self.window))
 
     def empty(self, key: torch.Tensor, value: torch.Tensor) -> KeyValueState:
         """Return the state before the first token, for keys and values like these."""
@@ -157,37 +140,6 @@ class KeyValueStore:
         slots = self.num_slots(num_tokens)
         return slots * (num_heads * (key_dim + value_dim) * dtype.itemsize + 8) + 8
 
-    @property
-    def _last_pinned(self) -> int:
-        return self.pinned[-1] if self.pinned else -1
-
-    def _ring_slot(self, position: Index) -> Index:
-        """Slot of the ring that `position` takes, for a number or a tensor of them."""
-        offset = position - self.num_leading
-        return len(self.pinned) + (offset if self.window is None else offset % self.window)
-
-    def _slots(self, positions: torch.Tensor) -> torch.Tensor:
-        """Slot that each of `positions` `[B]` takes."""
-        slots = self._ring_slot(positions)
-        if not self.pinned:
-            return slots
-        is_pinned = positions[:, None] == torch.tensor(self.pinned, device=positions.device)
-        return torch.where(is_pinned.any(dim=1), is_pinned.to(torch.uint8).argmax(dim=1), slots)
-
-    def _held(self, num_tokens: torch.Tensor, slots: int) -> torch.Tensor:
-        """Position that each slot holds after `num_tokens` `[B]` tokens, −1 for none, `[B, slots]`."""
-        ring = torch.arange(slots - len(self.pinned), device=num_tokens.device)
-        last = num_tokens[:, None] - 1 - self.num_leading
-        offset = ring.expand(num_tokens.shape[0], -1) if self.window is None else last - (last - ring) % self.window
-        held = offset + self.num_leading
-        held = held.masked_fill((offset < 0) | (offset > last), -1)
-        if not self.pinned:
-            return held
-        pinned = torch.tensor(self.pinned, device=num_tokens.device)
-        held = held.masked_fill(torch.isin(held, pinned), -1)
-        arrived = torch.where(pinned < num_tokens[:, None], pinned, -1)
-        return torch.cat((arrived, held), dim=1)
-
     def _leading(
         self, state: KeyValueState, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,6 +168,9 @@ class KeyValueStore:
         state = self._grown(state, self.num_slots(state.most + 1))
         if state.least == state.most and state.least > self._last_pinned:
             slot = self._ring_slot(state.most)
+            if self.columns is not None and in_columns(state.most, *self.columns):
+                state.positions.select(1, slot).fill_(-1)  # what it would take the place of is gone all the same
+                slot = self._column_slot(state.most)
             state.keys.select(2, slot).copy_(key.select(2, 0))  # an assignment by index takes twice the time
             state.values.select(2, slot).copy_(value.select(2, 0))
             state.positions.select(1, slot).fill_(state.most)
@@ -223,6 +178,10 @@ class KeyValueStore:
             slots = self._slots(state.num_tokens)[:, None]  # [B, 1]
             for old, new in ((state.keys, key), (state.values, value)):
                 old.scatter_(2, slots[:, None, :, None].expand_as(new), new)
+            if self.columns is not None:
+                at = state.num_tokens
+                replaced = torch.where(in_columns(at, *self.columns), self._ring_slot(at), slots[:, 0])
+                state.positions.scatter_(1, replaced[:, None], -1)
             state.positions.scatter_(1, slots, state.num_tokens[:, None])
         counts = (state.num_tokens + 1, state.least + 1, state.most + 1)
         return KeyValueState(state.keys, state.values, state.positions, *counts)  # `_replace` takes three times as long

@@ -231,7 +231,8 @@ def _each_for_heads(first: Pattern, second: Pattern, join: Join) -> ForHeads | N
 
 def _intersection(first: Pattern, second: Pattern) -> Parts:
     """The parts of the pattern that looks back less far, limited to the other."""
-    reach = [math.inf if x.retention.window is None else x.retention.window for x in (first, second)]
+    kept = (first.retention, second.retention)
+    reach = [math.inf if x.window is None or not x.is_bounded else x.window for x in kept]
     if not second.parts or (first.parts and reach[0] <= reach[1]):
         return tuple(part.limited(second.mask_mod) for part in first.parts)
     return tuple(part.limited(first.mask_mod) for part in second.parts)

@@ -15,7 +15,7 @@ def fixed(stride: int, num_summary: int = 8) -> Pattern:
     """The own block of `stride` keys and the last `num_summary` of every block: `⌊j/stride⌋ = ⌊i/stride⌋` or
     `j mod stride ≥ stride − num_summary` (Sparse Transformer, Child 2019, arXiv 1904.10509).
 
-    Summary columns grow with the text. For now a cache keeps every key.
+    A cache keeps a block and the summaries, which grow with the text: `num_summary` of every `stride` keys.
     """
     whole_number("stride", stride, 1)
     whole_number("num_summary", num_summary, 1)
@@ -45,4 +45,8 @@ def fixed(stride: int, num_summary: int = 8) -> Pattern:
         exact=exact,
         growing=True,
     )
-    return Pattern(lambda b, h, q, k: (k <= q) & (own(q, k) | summary(k)), Retention(), parts=(block, columns))
+    return Pattern(
+        lambda b, h, q, k: (k <= q) & (own(q, k) | summary(k)),
+        Retention(stride, columns=(stride, num_summary)),
+        parts=(block, columns),
+    )
