@@ -1,15 +1,16 @@
 """Whether the blocks of selectors hold what is looked for: python recipes/needle.py --length 4096 --trials 10
 
-Passkeys hidden at even depths are read by a model that selects part of the blocks (half of them by default), and their
-digits are predicted one by one behind the right ones. At each digit, in each layer and key/value head: is a block that
-holds digits of the key among the chosen? Shows in how many trials it is in some head, how often it is in heads that
-look at the key (dense attention would spend a tenth of a query's weight on it or more) and in all heads, how much of
-all weight on the key lies in chosen blocks, and how many digits are predicted; writes all as JSON.
+Passkeys hidden at even depths are read by the dense model, and their digits are predicted one by one, behind the right
+ones, by the same model with a part of the blocks (half of them by default). At each digit, in each layer and key/value
+head: is a block that holds digits of the key among the chosen? Shows in how many trials it is in some head, how often
+it is in heads that look at the key (dense attention would spend a tenth of a query's weight on it or more) and in all
+heads, how much of all weight on the key lies in chosen blocks, and how many digits are predicted; writes all as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -67,19 +68,24 @@ def watch(model: Any, held: torch.Tensor, seen: dict[str, list[float]]) -> list[
 
 
 @torch.inference_mode()
-def trial(subject: Subject, example: Example) -> dict[str, Any]:
-    """Return what heads chose and looked at, and the share of digits that were predicted."""
+def trial(subject: Subject, example: Example, ways: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return for each way to convert the model what heads chose and looked at, and the share of digits predicted."""
     ids, held, answer = places_of(example, subject)
-    cache, right = DynamicCache(config=subject.model.config), []
-    seen: dict[str, list[float]] = defaultdict(list)
-    subject.model(ids[:, : answer - 1], past_key_values=cache, logits_to_keep=1)
-    hooks = watch(subject.model, held, seen)
-    for at in range(answer - 1, ids.shape[1] - 1):
-        logits = subject.model(ids[:, at : at + 1], past_key_values=cache).logits
-        right.append(float(logits[0, -1].argmax() == ids[0, at + 1]))
-    for handle in hooks:
-        handle.remove()
-    return {"depth": example.details["depth"], "right": sum(right) / len(right), **seen}
+    model: Any = subject.model
+    read, found = DynamicCache(config=model.config), {}
+    model(ids[:, : answer - 1], past_key_values=read, logits_to_keep=1)
+    for name, options in ways.items():
+        cache, right = copy.deepcopy(read), []
+        seen: dict[str, list[float]] = defaultdict(list)
+        hooks = watch(model.convert_attention("sparse", **options), held, seen)
+        for at in range(answer - 1, ids.shape[1] - 1):
+            logits = model(ids[:, at : at + 1], past_key_values=cache).logits
+            right.append(float(logits[0, -1].argmax() == ids[0, at + 1]))
+        for handle in hooks:
+            handle.remove()
+        model.revert_attention()
+        found[name] = {"depth": example.details["depth"], "right": sum(right) / len(right), **seen}
+    return found
 
 
 def summary(trials: list[dict[str, Any]]) -> dict[str, float]:
@@ -109,16 +115,14 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
     parser.add_argument("--out", type=Path, default=Path("needle_output/needle.json"))
     options = parser.parse_args()
-    model: Any
     model, tokenizer = load(options.model, getattr(torch, options.dtype))
     subject = Subject(model, tokenizer)
-    task = TASKS.get("passkey")(Material(subject.count_tokens, ""))
-    examples = task.examples(options.length, options.trials)
-    blocks = max(round(options.part * options.length / options.block_size), 2)
+    examples = TASKS.get("passkey")(Material(subject.count_tokens, "")).examples(options.length, options.trials)
+    half = {"block_size": options.block_size, "num_blocks": round(options.part * options.length / options.block_size)}
+    ways = {name: {"selector": name, **half} for name in options.selector}
+    trials = [trial(subject, example, ways) for example in track(examples, "reading")]
     results: dict[str, Any] = {key: value for key, value in vars(options).items() if key not in ("selector", "out")}
-    for name in options.selector:
-        model.convert_attention("sparse", selector=name, block_size=options.block_size, num_blocks=blocks)
-        results[name] = summary([trial(subject, example) for example in track(examples, name)])
+    results |= {name: summary([found[name] for found in trials]) for name in ways}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     Console().print_json(data=results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,16 @@ def ratios(seconds: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
     """
     figure = new_figure(figsize=(5 * len(seconds), 6))
     axes = figure.subplots(1, len(seconds), squeeze=False)
+    left_out = {*YARDSTICKS, *(BASELINES[suite] for suite in seconds)}
+    names = dict.fromkeys(name for times in seconds.values() for row in times.values() for name in row)
+    colors = dict(zip([name for name in names if name not in left_out], cycle(many_colors()), strict=False))
+    shown: dict[str, Any] = {}
     for axis, (suite, times) in zip(axes[0], seconds.items(), strict=True):
         dense = BASELINES[suite]
-        names = dict.fromkeys(name for row in times.values() for name in row if name not in (*YARDSTICKS, dense))
-        axis.set_prop_cycle(color=many_colors())
-        for name in names:
+        for name, color in colors.items():
             points = [(n, row[dense] / row[name]) for n, row in times.items() if name in row]
-            axis.plot(*zip(*points, strict=True), marker="o", label=name)
+            if points:
+                shown[name] = axis.plot(*zip(*points, strict=True), marker="o", color=color)[0]
         axis.axhline(1.0, color="black", linewidth=1)
         label_lengths(axis, list(times), ROTATION)
         axis.set_yscale("log")
@@ -57,7 +61,7 @@ def ratios(seconds: dict[str, dict[int, dict[str, float]]], path: Path) -> None:
         axis.set_xlabel("tokens")
         axis.set_ylabel(f"time of {dense} / time")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=2)
+    figure.legend(list(shown.values()), list(shown), fontsize="small", loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120)
 
 

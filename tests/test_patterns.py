@@ -116,6 +116,13 @@ def test_retentions_compose_safely(a: Retention, b: Retention) -> None:
     assert not (causal & intersection & ~(a & b).keeps(q, k)).any()
 
 
+def test_columns_that_are_none_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"at most their stride \(4\); got 5"):
+        Retention(4, columns=(4, 5))
+    with pytest.raises(TypeError, match="stride of columns must be an integer"):
+        Retention(4, columns=(4.0, 1))  # type: ignore[arg-type]
+
+
 @given(retention=retentions, begun=st.integers(0, 40), in_place=st.booleans(), alike=st.booleans())
 def test_a_store_holds_what_is_to_be_kept(retention: Retention, begun: int, in_place: bool, alike: bool) -> None:
     """After a prefill and token by token, in rows of different lengths: each with its own key, and no other."""

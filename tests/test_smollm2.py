@@ -159,8 +159,8 @@ def test_it_finds_passkeys_which_a_window_has_lost(loaded: Any, smollm2: Any) ->
 def test_half_of_the_blocks_hold_the_passkey(loaded: Any, smollm2: Any) -> None:
     subject = Subject(smollm2, loaded[1])
     examples = TASKS.get("passkey")(Material(subject.count_tokens, "")).examples(1024, 2)
-    smollm2.convert_attention("sparse", selector="quest", block_size=16, num_blocks=32)
-    found = needle.summary([needle.trial(subject, example) for example in examples])
+    ways = {"quest": {"selector": "quest", "block_size": 16, "num_blocks": 32}}
+    found = needle.summary([needle.trial(subject, example, ways)["quest"] for example in examples])
     assert found["trials in which some head chose it"] == found["digits predicted"] == 1.0
     assert found["of heads that look, those that chose it"] >= 0.95
     assert found["of the weight on it"] >= 0.95

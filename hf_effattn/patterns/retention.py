@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..notation import whole_number
+
 
 @dataclass(frozen=True)
 class Retention:
@@ -21,6 +23,13 @@ class Retention:
     window: int | None = None
     pinned: frozenset[int] = frozenset()
     columns: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.columns is not None:
+            stride, number = self.columns
+            whole_number("stride of columns", stride, 1)
+            if whole_number("number of columns", number, 1) > stride:
+                raise ValueError(f"number of columns must be at most their stride ({stride}); got {number}")
 
     @property
     def is_bounded(self) -> bool:
