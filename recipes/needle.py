@@ -25,7 +25,6 @@ from transformers import DynamicCache
 import hf_effattn  # noqa: F401  (gives models convert_attention)
 from hf_effattn.evaluation import TASKS, Material, Subject
 from hf_effattn.evaluation.base import Example
-from hf_effattn.ops.selected import Selection
 
 LOOKS = 0.1  # of a query's weight
 
@@ -49,8 +48,9 @@ def watch(model: Any, held: torch.Tensor, seen: dict[str, list[float]]) -> list[
         if query.shape[2] > 1:
             return
         positions = state.store.num_tokens[:, None] - 1
-        selection = Selection(mechanism.selector, mechanism.block_size, mechanism.num_blocks, kwargs["scale"])
-        chosen = selection.blocks(query, state.summary, positions)[0, :, 0]  # [G, num_blocks]
+        chosen = mechanism.selection(kwargs["scale"]).blocks(query, state.summary, positions)[
+            0, :, 0
+        ]  # [G, num_blocks]
         tokens = int(positions) + 1
         keys = state.store.keys[0, :, :tokens].float()
         rows = query[0, :, 0].float().unflatten(0, (keys.shape[0], -1))  # [G, R, D]

@@ -173,11 +173,10 @@ class Mechanism(nn.Module):
         if self.num_gates:
             assert gates is not None
             key = torch.cat((key, gates.to(key.dtype)), dim=-1)
+        keep = cache_layer is not None and not cache_layer.record_past
+        call = Call(scale, dropout=dropout, in_place=keep and not torch.is_grad_enabled(), keep_state=keep)
         if cache_layer is not None:
-            keep = not cache_layer.record_past
-            call = Call(scale, dropout=dropout, in_place=keep and not torch.is_grad_enabled(), keep_state=keep)
             return self._attend_cached(query, key, value, segments, cache_layer, call)
-        call = Call(scale, dropout=dropout, keep_state=False)
         if segments is None or _only_trailing_padding(segments):
             return self.attend(None, query, key, value, call)[0]
         if segments.dtype == torch.bool:

@@ -57,11 +57,14 @@ class SelectedAttention(Mechanism):
         if state is not None:
             positions = positions + state.store.num_tokens[:, None]
         state = self.advance(state, query, key, value, call)
-        selection = Selection(self.selector, self.block_size, self.num_blocks, call.scale)
-        tensors = (query, state.store.keys, state.store.values, state.summary, positions, selection)
+        tensors = (query, state.store.keys, state.store.values, state.summary, positions, self.selection(call.scale))
         if tokens == 1 and self.options.backend != "reference":
             return step(*tensors), state
         return selected_attention(*tensors, backend=self.options.backend), state
+
+    def selection(self, scale: float) -> Selection:
+        """Return how blocks are selected under this factor of the scores."""
+        return Selection(self.selector, self.block_size, self.num_blocks, scale)
 
     def advance(
         self, state: SelectedState | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call

@@ -50,17 +50,13 @@ class Slots:
         offset = position - self.num_leading
         return len(self.pinned) + (offset if self.window is None else offset % self.window)
 
-    def _ring_size(self, slots: int) -> int:
-        """Slots of the ring, of `slots` in all."""
-        whole = self.columns is not None and self.window is not None
-        return self.window if whole else slots - len(self.pinned)  # type: ignore[return-value]
-
     def _column_slot(self, position: Index) -> Index:
         """Slot behind the ring that `position` takes if it is in a column."""
         assert self.columns is not None
+        assert self.window is not None
         stride, number = self.columns
         index = position // stride * number + position % stride - (stride - number)
-        return len(self.pinned) + self._ring_size(0) + index
+        return len(self.pinned) + self.window + index
 
     def _slots(self, positions: torch.Tensor) -> torch.Tensor:
         """Slot that each of `positions` `[B]` takes."""
@@ -74,14 +70,16 @@ class Slots:
 
     def _held(self, num_tokens: torch.Tensor, slots: int) -> torch.Tensor:
         """Position that each slot holds after `num_tokens` `[B]` tokens, −1 for none, `[B, slots]`."""
-        ring = torch.arange(self._ring_size(slots), device=num_tokens.device)
+        others = slots - len(self.pinned)
+        in_ring = others if self.columns is None or self.window is None else self.window
+        ring = torch.arange(in_ring, device=num_tokens.device)
         last = num_tokens[:, None] - 1 - self.num_leading
         offset = ring.expand(num_tokens.shape[0], -1) if self.window is None else last - (last - ring) % self.window
         held = offset + self.num_leading
         held = held.masked_fill((offset < 0) | (offset > last), -1)
         if self.columns is not None:
             stride, number = self.columns
-            index = torch.arange(slots - len(self.pinned) - len(ring), device=num_tokens.device)
+            index = torch.arange(others - in_ring, device=num_tokens.device)
             kept = index // number * stride + stride - number + index % number
             arrived = torch.where(kept < num_tokens[:, None], kept, -1)
             held = torch.cat((held.masked_fill(in_columns(held, *self.columns), -1), arrived), dim=1)

@@ -1,4 +1,4 @@
-"""Cutting a text into chunks that are computed at once, and back."""
+"""Cutting a text into chunks that are computed at once, and back; heads that share keys as rows of one product."""
 
 from __future__ import annotations
 
@@ -26,3 +26,9 @@ def fold_marks(x: torch.Tensor | None, batch: int, chunk: int) -> torch.Tensor |
     if x is None:
         return None
     return functional.pad(x, (0, -x.shape[1] % chunk)).expand(batch, -1).reshape(-1, chunk)
+
+
+def heads_as_rows(x: torch.Tensor, groups: int) -> torch.Tensor:
+    """Return `[B, H, T, ·]` with the query heads of each of `groups` key/value heads as rows below each other,
+    `[B, G, R·T, ·]`: larger products, and keys are read once for all of them."""
+    return x.reshape(x.shape[0], groups, -1, *x.shape[3:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..folding import heads_as_rows
 from ..sparse.masked import attend
 from .selection import Selection
 
@@ -17,7 +18,7 @@ def step(
     selection: Selection,
 ) -> torch.Tensor:
     """Compute the output `[B, H, 1, V]` of one query; arguments as in `hf_effattn.ops.selected.selected_attention`."""
-    batch, heads, _, dim = query.shape
+    batch, heads = query.shape[:2]
     kv_heads, size = key.shape[1], selection.block_size
     blocks = selection.blocks(query, summary, positions)[:, :, 0]  # [B, G, num_blocks]
     first = torch.arange(batch * kv_heads, device=key.device).view(batch, kv_heads, 1) * (key.shape[2] // size)
@@ -28,6 +29,5 @@ def step(
     )
     places = blocks[..., None] * size + torch.arange(size, device=key.device)  # [B, G, num_blocks, block_size]
     seen = (places >= 0) & (places <= positions[:, None, :, None])
-    rows = query.reshape(batch, kv_heads, heads // kv_heads, dim)
-    output = attend(rows, keys, values, seen.view(batch, kv_heads, 1, -1), selection.scale)
+    output = attend(heads_as_rows(query, kv_heads), keys, values, seen.view(batch, kv_heads, 1, -1), selection.scale)
     return output.view(batch, heads, 1, -1)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 
 from ...selectors import BlockSelector
+from ..folding import heads_as_rows
 
 
 class Selection(NamedTuple):
@@ -31,9 +32,9 @@ class Selection(NamedTuple):
             query: `[B, H, T, D]`; summary: `[B, G, N, P, D]`, float32.
             positions: Of the queries `[B or 1, T]`.
         """
-        batch, heads, tokens, dim = query.shape
+        heads, tokens = query.shape[1:3]
         kv_heads = summary.shape[1]
         with torch.no_grad():
-            rows = query.float().reshape(batch, kv_heads, -1, dim)  # [B, G, R·T, D]
+            rows = heads_as_rows(query.float(), kv_heads)  # [B, G, R·T, D]
             scores = self.selector.scores(rows, summary).unflatten(2, (heads // kv_heads, tokens)).amax(dim=2)
             return self.selector.chosen(scores, positions // self.block_size, self.num_blocks)

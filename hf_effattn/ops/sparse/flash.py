@@ -10,6 +10,8 @@ import functools
 import torch
 from torch.nn import functional
 
+from ..folding import heads_as_rows
+
 _FORWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
 
@@ -64,7 +66,7 @@ def forward(
         hidden: Added to the scores, in the dtype of the query, `[1, 1 or H, T, S]`; None where all is seen,
             or, with `causal`, the keys up to the query's own.
     """
-    rows = _folded(query, key.shape[1]) if hidden is None and not causal else query
+    rows = heads_as_rows(query, key.shape[1]) if hidden is None and not causal else query  # a mask would have to repeat
     output, logsumexp = _FORWARD(rows, key, value, 0.0, causal, attn_mask=hidden, scale=scale)  # type: ignore[misc]
     return output.reshape(*query.shape[:3], -1), logsumexp.reshape(query.shape[:3])
 
@@ -87,14 +89,8 @@ def backward(
     """
     rows = [grad_output, query, output, logsumexp]
     if hidden is None and not causal:
-        rows = [_folded(x, key.shape[1]) for x in rows]
+        rows = [heads_as_rows(x, key.shape[1]) for x in rows]
     grad, q, o, total = rows
     tensors = (grad, q, key, value, o, total.contiguous())
     found = _BACKWARD(*tensors, 0.0, causal, attn_mask=hidden, scale=scale)  # type: ignore[misc]
     return found[0].reshape(query.shape), *found[1:]
-
-
-def _folded(x: torch.Tensor, groups: int) -> torch.Tensor:
-    """Return x `[B, H, T, ·]` with the query heads of a key/value head as rows below each other, `[B, G, R·T, ·]`:
-    these make larger products, which are faster. A mask would have to be repeated for it."""
-    return x.reshape(x.shape[0], groups, -1, *x.shape[3:])

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from ...patterns import Pattern
+from ..folding import heads_as_rows
 
 QUERY_BLOCK = 256
 ROWS = 4  # from which on products of rows are faster in 16 bits, too
@@ -48,8 +49,7 @@ def attend(
     heads, groups = query.shape[1], key.shape[1]
     few = heads // groups < (ROWS if query.dtype.itemsize < 4 else 2)
     if query.shape[2] == 1 and not few and (mask is None or mask.ndim < 4 or mask.shape[1] == 1):
-        # Query heads that share keys become rows of one product: keys are read once, not once for each of them.
-        rows = query.reshape(query.shape[0], groups, heads // groups, -1)
+        rows = heads_as_rows(query, groups)
         output = functional.scaled_dot_product_attention(
             rows, key, value, attn_mask=mask, scale=scale, dropout_p=dropout
         )
