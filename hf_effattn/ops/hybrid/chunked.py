@@ -18,6 +18,7 @@ from ..linear.chunked import read_segment
 from ..linear.segment import SEGMENT_BYTES, fold_segment, segments
 from ..sparse.masked import attend_causal
 from ..stream import Stream
+from .join import Shape, joined
 from .merge import linear_logit
 from .options import HybridOptions
 
@@ -126,28 +127,13 @@ def _join(
         real: Which keys are visible at all `[B or 1, window + N·C]`; None for all.
         first: Stream index of the first query.
     """
-    sink_key, sink_value = stream.sinks(options.num_sinks)
-    keys = _columns(key, options.scored(sink_key), options)
-    values = _columns(value, sink_value, options)
-    hidden = _hidden(query, sink_key.shape[2], stream, real, first, options)
+    sinks = stream.sinks(options.num_sinks)
+    hidden = _hidden(query, sinks[0].shape[2], stream, real, first, options)
     hidden = hidden[0] if hidden.shape[0] == 1 else hidden.expand(-1, query.shape[1], -1, -1).flatten(0, 1)
-    columns = keys.flatten(0, 1).transpose(1, 2)
-    products = torch.baddbmm(hidden, query.flatten(0, 1), columns, alpha=options.scale)
-    scores = products.view(*query.shape[:3], -1).to(far.dtype)  # [B·N, G, R·C, W+C+sinks+1]
     bias = by_row(options.bias.to(far.dtype), query.shape[1], query.shape[2])
-    scores[..., -1:] = linear_logit(far[..., -1:], bias, scores[..., :-1], options.join)
-    weights = scores.softmax(dim=-1)
-    output = torch.matmul(weights.to(query.dtype), values).to(far.dtype)
-    return torch.addcmul(output, weights[..., -1:], options.linear_value(far))
-
-
-def _columns(x: torch.Tensor, sinks: torch.Tensor, options: HybridOptions) -> torch.Tensor:
-    """Return what the queries of each chunk meet, `[B·N, G, W+C+sinks+1, ·]`: the entries of x `[B, G, W+N·C, ·]` from
-    one window before the chunk on, the sinks `[B, G, sinks, ·]`, and zeros in the place of the linear past."""
-    batch, span = x.shape[0], options.window + options.chunk_size
-    near = x.unfold(2, span, options.chunk_size).permute(0, 2, 1, 4, 3)  # [B, N, G, W+C, ·]
-    others = functional.pad(sinks.to(x.dtype), (0, 0, 0, 1))[:, None].expand(-1, near.shape[1], -1, -1, -1)
-    return torch.cat((near, others), dim=3).flatten(0, 1).view(batch * near.shape[1], x.shape[1], -1, x.shape[3])
+    past = linear_logit(far[..., -1:], bias, options.join), options.linear_value(far)
+    shape = Shape(options.window, options.chunk_size, options.scale, options.join)
+    return joined(shape, hidden, query, (key, value), (options.scored(sinks[0]), sinks[1]), past)
 
 
 def _hidden(

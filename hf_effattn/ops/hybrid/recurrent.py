@@ -7,7 +7,7 @@ import torch
 from ...notation import compute_dtype
 from ..linear import LinearState
 from ..linear.recurrent import read
-from .merge import linear_logit
+from .merge import is_relative, linear_logit
 from .options import HybridOptions
 
 
@@ -39,7 +39,9 @@ def step(
     if visible is not None:
         scores = scores.masked_fill(~visible[:, None, None], -torch.inf)
     sums = read(options.plan(query_at=position).queries(query), state)
-    logit = linear_logit(sums[..., -1:], options.bias.to(wide).view(kv_heads, -1, 1), scores, options.join)
+    logit = linear_logit(sums[..., -1:], options.bias.to(wide).view(kv_heads, -1, 1), options.join)
+    if is_relative(options.join):
+        logit = logit + scores.amax(dim=-1, keepdim=True)
     weights = torch.cat((scores, logit), dim=-1).softmax(dim=-1)
     output = torch.matmul(weights[..., :-1].to(dtype), values.to(dtype)).to(wide)
     output = output + weights[..., -1:] * options.linear_value(sums)
