@@ -7,6 +7,7 @@ import torch
 from ..cache import KeyValueState, KeyValueStore
 from ..config import SparseConfig
 from ..ops.sparse import banded, choose_backend, flex, gathered, masked, reference
+from ..ops.sparse.jobs import Places
 from ..patterns import Pattern
 from .base import MECHANISMS, Call, HeadGeometry, Mechanism
 
@@ -109,14 +110,14 @@ class SparseAttention(Mechanism):
         chosen = self.backend(query.device.type)
         compute = flex.sparse_attention if chosen == "flex" else gathered.sparse_attention
         if state.most == 0:
-            return compute(query, key, value, self.pattern, gathered.Places(), call.scale)
+            return compute(query, key, value, self.pattern, Places(), call.scale)
         keys, values = torch.cat((state.keys, key), dim=2), torch.cat((state.values, value), dim=2)
         index = torch.arange(query.shape[2], device=query.device)
         rows = [slice(None)] if state.least == state.most else [slice(b, b + 1) for b in range(query.shape[0])]
         outputs = []
         for row in rows:
             first = int(state.num_tokens[row][0])
-            places = gathered.Places.of(first, torch.cat((state.positions[row][0], first + index)))
+            places = Places.of(first, torch.cat((state.positions[row][0], first + index)))
             outputs.append(compute(query[row], keys[row], values[row], self.pattern, places, call.scale))
         return torch.cat(outputs)
 

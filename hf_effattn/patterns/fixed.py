@@ -22,31 +22,39 @@ def fixed(stride: int, num_summary: int = 8) -> Pattern:
     if num_summary > stride:
         raise ValueError(f"num_summary must be at most stride ({stride}); got {num_summary}")
 
-    def own(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return torch.div(q, stride, rounding_mode="floor") == torch.div(k, stride, rounding_mode="floor")
+    def together(q: torch.Tensor, k: torch.Tensor, size: int) -> torch.Tensor:
+        return torch.div(q, size, rounding_mode="floor") == torch.div(k, size, rounding_mode="floor")
 
     def summary(k: torch.Tensor) -> torch.Tensor:
         return k % stride >= stride - num_summary
 
-    def first(position: int) -> int:
-        return position // stride * stride
+    # Queries meet the summaries before a pair of blocks at once, and those within it beside their own block, whose keys
+    # they precede.
+    pair, exact = 2 * stride, stride >= 64
 
-    size, exact = max(stride, 64), stride >= 64  # then one own block at a time
-    block = Part(
-        lambda b, h, q, k: (k <= q) & own(q, k),
-        lambda start, stop: [(first(start), stop, 1)],
-        block_size=size,
-        exact=exact,
-    )
+    def near(start: int, stop: int) -> list[tuple[int, int, int]]:
+        low = start // stride * stride
+        return [(low - num_summary if exact and low % pair else low if exact else start // pair * pair, stop, 1)]
+
+    def far(start: int, stop: int) -> list[tuple[int, int, int]]:
+        high = start // pair * pair if exact else stop
+        return [(stride - 1 - i, high, stride) for i in range(num_summary)]
+
     columns = Part(
-        lambda b, h, q, k: (k <= q) & ~own(q, k) & summary(k),
-        lambda start, stop: [(stride - 1 - i, first(start if exact else stop), stride) for i in range(num_summary)],
-        block_size=size,
+        lambda b, h, q, k: (k <= q) & ~together(q, k, pair) & summary(k),
+        far,
+        block_size=max(pair, 64),
         exact=exact,
         growing=True,
     )
+    block = Part(
+        lambda b, h, q, k: (k <= q) & together(q, k, pair) & (together(q, k, stride) | summary(k)),
+        near,
+        block_size=max(stride, 64),
+        exact=exact,
+    )
     return Pattern(
-        lambda b, h, q, k: (k <= q) & (own(q, k) | summary(k)),
+        lambda b, h, q, k: (k <= q) & (together(q, k, stride) | summary(k)),
         Retention(stride, columns=(stride, num_summary)),
-        parts=(block, columns),
+        parts=(columns, block),
     )

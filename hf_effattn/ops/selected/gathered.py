@@ -94,9 +94,9 @@ def _forward(
                 _heads_first(by_token.index_select(0, queries)), k, v, hidden, selection.scale
             )
             there, before = (x.index_select(0, queries) for x in (gathered, weight))
-            there, both = flash.merged(there, before, own[0].transpose(0, 1).to(wide), logsumexp[0].T)
+            flash.merge_(there, before, own[0].transpose(0, 1), logsumexp[0].T)
             gathered.index_copy_(0, queries, there)
-            weight.index_copy_(0, queries, both)
+            weight.index_copy_(0, queries, before)
         output[row, heads] = gathered.transpose(0, 1).to(query.dtype)
         total[row, heads] = weight.T
     return output, total

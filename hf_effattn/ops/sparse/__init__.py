@@ -9,6 +9,7 @@ from ...patterns import Pattern
 from .. import ragged
 from ..stream import Stream
 from . import banded, flash, flex, gathered, masked, reference
+from .jobs import Places
 
 BACKENDS = ("reference", "masked", "banded", "gathered", "flex")
 
@@ -103,7 +104,7 @@ def _plain(
 ) -> torch.Tensor:
     if backend != "banded":
         compute = flex.sparse_attention if backend == "flex" else gathered.sparse_attention
-        return compute(query, key, value, pattern, gathered.Places(key.shape[2] - query.shape[2]), scale)
+        return compute(query, key, value, pattern, Places(key.shape[2] - query.shape[2]), scale)
     assert pattern.band is not None
     return banded.sparse_attention(query, Stream(key, value), pattern.band, scale)
 

@@ -36,18 +36,23 @@ def one_width(
     return q, k, v
 
 
-def merged(
-    first: torch.Tensor, logsumexp: torch.Tensor, second: torch.Tensor, other: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what queries get from two disjoint sets of keys, and its log-sum-exp: `o = e^{ℓ₁ − ℓ} o₁ + e^{ℓ₂ − ℓ} o₂`
-    with `ℓ = log(e^{ℓ₁} + e^{ℓ₂})`; `o₁` where both are minus infinity.
+def merge_(
+    first: torch.Tensor, logsumexp: torch.Tensor, second: torch.Tensor, other: torch.Tensor, last: bool = False
+) -> None:
+    """Write into `first` and `logsumexp` what queries get from two disjoint sets of keys, `o₁` where both are minus
+    infinity: `o = e^{ℓ₁ − ℓ} o₁ + e^{ℓ₂ − ℓ} o₂` with `ℓ = log(e^{ℓ₁} + e^{ℓ₂})`.
 
     Args:
         first, second: Outputs `[..., V]`; logsumexp, other: theirs `[...]`, minus infinity where a query saw nothing.
+        last: Whether nobody asks for ℓ, which is then left as it was.
     """
-    weight = (other - logsumexp).sigmoid().nan_to_num(nan=0.0)[..., None]  # e^{ℓ₂ − ℓ}
-    old, new = first.to(weight.dtype), second.to(weight.dtype)
-    return torch.lerp(old, new, weight), torch.logaddexp(logsumexp, other)
+    weight = (other - logsumexp).sigmoid_().nan_to_num_(nan=0.0)[..., None]  # e^{ℓ₂ − ℓ}
+    if first.dtype == weight.dtype:
+        first.lerp_(second.to(weight.dtype), weight)
+    else:
+        first.copy_(first.to(weight.dtype).lerp_(second.to(weight.dtype), weight))
+    if not last:
+        torch.logaddexp(logsumexp, other, out=logsumexp)
 
 
 def forward(

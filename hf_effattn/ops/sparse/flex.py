@@ -21,7 +21,7 @@ from ...patterns import Pattern
 from ...patterns.base import is_registered
 from ...patterns.parts import MaskMod
 from ..blocks import learns
-from .gathered import Places
+from .jobs import Places
 
 BLOCK = 128  # tokens of a block, of queries as of keys: what kernels are tuned for
 LEAST_DIM = 16  # head dimensions that kernels take are powers of two from here on
