@@ -33,8 +33,10 @@ def fixed(stride: int, num_summary: int = 8) -> Pattern:
     pair, exact = 2 * stride, stride >= 64
 
     def near(start: int, stop: int) -> list[tuple[int, int, int]]:
-        low = start // stride * stride
-        return [(low - num_summary if exact and low % pair else low if exact else start // pair * pair, stop, 1)]
+        own = start // stride * stride
+        if not exact:
+            return [(start // pair * pair, stop, 1)]
+        return [(own - num_summary if own % pair else own, stop, 1)]
 
     def far(start: int, stop: int) -> list[tuple[int, int, int]]:
         high = start // pair * pair if exact else stop
