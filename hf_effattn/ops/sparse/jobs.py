@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,12 +70,12 @@ class Every(NamedTuple):
     another part, all keys.
 
     Args:
-        keys: Which of the keys; positions: theirs `[n]`, and as a list; None for all keys.
+        keys: Which of the keys; positions: theirs `[n]`, None for all keys; numbers: the same as Python's.
     """
 
     keys: slice | torch.Tensor
     positions: torch.Tensor | None = None
-    numbers: list[int] | None = None
+    numbers: Sequence[int] = ()
 
 
 def every_of(part: Part, query: torch.Tensor, places: Places) -> Every:
@@ -101,7 +101,7 @@ def jobs_of(part: Part, query: torch.Tensor, places: Places, every: Every, wants
         if every.positions is None:
             keys, positions = _candidates(part, start, stop, query, places)
         else:
-            keys = _before(part, start, stop, every.numbers or [])
+            keys = _before(part, start, stop, every.numbers)
             positions = every.positions[keys]
         if positions.shape[-1]:
             at = torch.arange(start, stop, stride, device=query.device)[None, None, :, None]
@@ -118,7 +118,7 @@ def jobs_of(part: Part, query: torch.Tensor, places: Places, every: Every, wants
 def _unmasked(part: Part, block: slice, start: int, stop: int, places: Places, every: Every) -> Job | None:
     """Return the job of queries `start .. stop` that see all of their candidates, or all up to their own; None where a
     mask must say what they see."""
-    if every.numbers is not None:
+    if every.positions is not None:
         keys = _before(part, start, stop, every.numbers)
         is_past = keys.stop and every.numbers[keys.stop - 1] <= start
         return Job(block, keys) if is_past else None
@@ -130,7 +130,7 @@ def _unmasked(part: Part, block: slice, start: int, stop: int, places: Places, e
     return None
 
 
-def _before(part: Part, start: int, stop: int, numbers: list[int]) -> slice:
+def _before(part: Part, start: int, stop: int, numbers: Sequence[int]) -> slice:
     """Return which candidates of all blocks are those of the queries `start .. stop`."""
     return slice(0, bisect_left(numbers, min(max(high for _, high, _ in part.candidates(start, stop)), stop)))
 
