@@ -48,9 +48,8 @@ def watch(model: Any, held: torch.Tensor, seen: dict[str, list[float]]) -> list[
         if query.shape[2] > 1:
             return
         positions = state.store.num_tokens[:, None] - 1
-        chosen = mechanism.selection(kwargs["scale"]).blocks(query, state.summary, positions)[
-            0, :, 0
-        ]  # [G, num_blocks]
+        selection = mechanism.selection(kwargs["scale"])
+        chosen = selection.blocks(query, state.summary, positions)[0, :, 0]  # [G, num_blocks]
         tokens = int(positions) + 1
         keys = state.store.keys[0, :, :tokens].float()
         rows = query[0, :, 0].float().unflatten(0, (keys.shape[0], -1))  # [G, R, D]

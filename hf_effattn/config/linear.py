@@ -29,7 +29,7 @@ class LinearConfig(MechanismConfig):
         num_sinks: First tokens of each row that stay in the softmax branch for good; needs a window. None for 4 with
             a window, and none without.
         join: How window and linear past are weighed: "log" puts both on one scale and starts with the linear part
-            nearly closed; "lolcats" is the weighing of LoLCATs (equations in `hf_effattn.ops.hybrid.merge`).
+            nearly closed; "lolcats" is the weighing of LoLCATs (equations in `hf_effattn.ops.hybrid.logit`).
         recurrence: How the state goes from token to token: "sum" keeps everything, others let it decay (see
             `hf_effattn.recurrences`).
         chunk_size: Tokens of one chunk of the parallel form. It changes speed and rounding, nothing else.

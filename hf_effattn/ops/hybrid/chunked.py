@@ -18,8 +18,8 @@ from ..linear.chunked import read_segment
 from ..linear.segment import SEGMENT_BYTES, fold_segment, segments
 from ..sparse.masked import attend_causal
 from ..stream import Stream
-from .join import Shape, joined
-from .merge import linear_logit
+from .join import joined
+from .logit import linear_logit
 from .options import HybridOptions
 
 Computed = tuple[torch.Tensor, torch.Tensor]  # output and state
@@ -132,8 +132,7 @@ def _join(
     hidden = hidden[0] if hidden.shape[0] == 1 else hidden.expand(-1, query.shape[1], -1, -1).flatten(0, 1)
     bias = by_row(options.bias.to(far.dtype), query.shape[1], query.shape[2])
     past = linear_logit(far[..., -1:], bias, options.join), options.linear_value(far)
-    shape = Shape(options.window, options.chunk_size, options.scale, options.join)
-    return joined(shape, hidden, query, (key, value), (options.scored(sinks[0]), sinks[1]), past)
+    return joined(options, hidden, query, (key, value), (options.scored(sinks[0]), sinks[1]), past)
 
 
 def _hidden(

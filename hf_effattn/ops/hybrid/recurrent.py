@@ -7,7 +7,7 @@ import torch
 from ...notation import compute_dtype
 from ..linear import LinearState
 from ..linear.recurrent import read
-from .merge import is_relative, linear_logit
+from .logit import is_relative, linear_logit
 from .options import HybridOptions
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -70,21 +69,23 @@ class Every(NamedTuple):
     another part, all keys.
 
     Args:
-        keys: Which of the keys; positions: theirs `[n]`, None for all keys; numbers: the same as Python's.
+        keys: Which of the keys; positions: theirs `[n]`, None for all keys.
     """
 
     keys: slice | torch.Tensor
     positions: torch.Tensor | None = None
-    numbers: Sequence[int] = ()
+
+    def before(self, position: int) -> tuple[slice, torch.Tensor]:
+        """Return which of them are before a position, and their positions."""
+        assert self.positions is not None
+        number = int(torch.searchsorted(self.positions, position))
+        return slice(0, number), self.positions[:number]
 
 
 def every_of(part: Part, query: torch.Tensor, places: Places) -> Every:
     """Return what the blocks of a part take their candidates from."""
-    if not part.growing:
-        return Every(slice(None))
     end = places.first + query.shape[2]
-    keys, positions = _candidates(part, end - 1, end, query, places)
-    return Every(keys, positions, positions.tolist())
+    return Every(*_candidates(part, end - 1, end, query, places)) if part.growing else Every(slice(None))
 
 
 def jobs_of(part: Part, query: torch.Tensor, places: Places, every: Every, wants_blind: bool) -> Iterator[Job]:
@@ -93,17 +94,19 @@ def jobs_of(part: Part, query: torch.Tensor, places: Places, every: Every, wants
     heads = torch.arange(query.shape[1], device=query.device)[None, :, None, None]
     zero, shown, unseen = heads.new_zeros(1, 1, 1, 1), query.new_zeros(()), query.new_full((), -torch.inf)
     for start, stop in _blocks(part, first, end):
-        block = slice(start - first, stop - first, stride)
-        plain = _unmasked(part, block, start, stop, places, every) if part.exact else None
-        if plain is not None:
-            yield plain
-            continue
         if every.positions is None:
             keys, positions = _candidates(part, start, stop, query, places)
         else:
-            keys = _before(part, start, stop, every.numbers)
-            positions = every.positions[keys]
-        if positions.shape[-1]:
+            keys, positions = every.before(min(max(high for _, high, _ in part.candidates(start, stop)), stop))
+        block = slice(start - first, stop - first, stride)
+        lead = _lead(keys, start, stop, first) if part.exact and not part.growing else None
+        if not positions.shape[-1]:
+            yield Job(block, slice(0, 0))
+        elif lead is not None:
+            yield Job(block, keys, lead=lead)
+        elif part.exact and positions.ndim == 1 and positions[-1] <= start:
+            yield Job(block, keys)
+        else:
             at = torch.arange(start, stop, stride, device=query.device)[None, None, :, None]
             other = positions.view(1, -1, 1, positions.shape[-1])
             seen = other <= at if part.exact else part.mask_mod(zero, heads, at, other)  # [1, 1 or H, t, n]
@@ -111,28 +114,14 @@ def jobs_of(part: Part, query: torch.Tensor, places: Places, every: Every, wants
             hidden = torch.where(seen, shown, unseen)
             blind = ~seen.any(dim=-1) if wants_blind else None
             yield Job(block, keys, hidden, blind)
-        else:
-            yield Job(block, slice(0, 0))
 
 
-def _unmasked(part: Part, block: slice, start: int, stop: int, places: Places, every: Every) -> Job | None:
-    """Return the job of queries `start .. stop` that see all of their candidates, or all up to their own; None where a
-    mask must say what they see."""
-    if every.positions is not None:
-        keys = _before(part, start, stop, every.numbers)
-        is_past = keys.stop and every.numbers[keys.stop - 1] <= start
-        return Job(block, keys) if is_past else None
-    ranges = part.candidates(start, stop)
-    if len(ranges) == 1 and part.stride == 1 and part.by_head is None and places.slots is None:
-        low, high, step = ranges[0]
-        if step == 1 and places.first <= low <= start and high >= stop:
-            return Job(block, slice(low, stop), lead=start - low)
+def _lead(keys: slice | torch.Tensor, start: int, stop: int, first: int) -> int | None:
+    """Return how many keys are before the queries `start .. stop`, of keys `… .. stop` that are their own positions and
+    not before `first`; None for other keys."""
+    if isinstance(keys, slice) and keys.step == 1 and keys.stop == stop and first <= keys.start <= start:
+        return start - keys.start
     return None
-
-
-def _before(part: Part, start: int, stop: int, numbers: Sequence[int]) -> slice:
-    """Return which candidates of all blocks are those of the queries `start .. stop`."""
-    return slice(0, bisect_left(numbers, min(max(high for _, high, _ in part.candidates(start, stop)), stop)))
 
 
 def _blocks(part: Part, first: int, end: int) -> Iterator[tuple[int, int]]:

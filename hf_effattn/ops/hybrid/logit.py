@@ -1,4 +1,4 @@
-"""Joining the softmax window and the linear past under one normaliser."""
+"""The logit of the linear past, which joins it to the softmax window under one normaliser."""
 
 from __future__ import annotations
 
