@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import bisect
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 
 from ...patterns import Part
+from ...patterns.parts import Ranges
+from . import flash
 
 
 class Places(NamedTuple):
@@ -39,8 +42,8 @@ class Job(NamedTuple):
         hidden: Zero for what a query sees and minus infinity for the rest, `[1, 1 or H, t, n]`; None where each sees
             all, or with `lead` the candidates up to its own.
         blind: Which queries see nothing at all, booleans `[1, 1 or H, t]`; None where nobody asks.
-        lead: How many keys are before the first query, of keys that follow each other up to the last query's own; None
-            of other keys. With as many more queries before them, attention is causal.
+        lead: How many keys are before the first query, of keys that follow each other up to the last query's own or
+            further; None of other keys. With as many more queries before them, attention is causal.
     """
 
     queries: slice
@@ -69,41 +72,49 @@ class Every(NamedTuple):
     another part, all keys.
 
     Args:
-        keys: Which of the keys; positions: theirs `[n]`, None for all keys.
+        keys: Which of the keys; positions: theirs `[n]`, None for all keys; listed: the same as numbers.
     """
 
     keys: slice | torch.Tensor
     positions: torch.Tensor | None = None
-
-    def before(self, position: int) -> tuple[slice, torch.Tensor]:
-        """Return which of them are before a position, and their positions."""
-        assert self.positions is not None
-        number = int(torch.searchsorted(self.positions, position))
-        return slice(0, number), self.positions[:number]
+    listed: Sequence[int] = ()
 
 
 def every_of(part: Part, query: torch.Tensor, places: Places) -> Every:
     """Return what the blocks of a part take their candidates from."""
+    if not part.growing:
+        return Every(slice(None))
     end = places.first + query.shape[2]
-    return Every(*_candidates(part, end - 1, end, query, places)) if part.growing else Every(slice(None))
+    keys, positions = _candidates(part, _ranges(part, end - 1, end), end - 1, end, query, places)
+    return Every(keys, positions, positions.tolist())
 
 
 def jobs_of(part: Part, query: torch.Tensor, places: Places, every: Every, wants_blind: bool) -> Iterator[Job]:
-    """Cut the queries of one part into blocks, and find their candidates among `every`."""
+    """Cut the queries of one part into blocks, and find their candidates among `every`.
+
+    Little is done for a block without a mask: between two products the interpreter has nothing in its caches.
+    """
     first, end, stride = places.first, places.first + query.shape[2], part.stride
     heads = torch.arange(query.shape[1], device=query.device)[None, :, None, None]
     zero, shown, unseen = heads.new_zeros(1, 1, 1, 1), query.new_zeros(()), query.new_full((), -torch.inf)
     for start, stop in _blocks(part, first, end):
-        if every.positions is None:
-            keys, positions = _candidates(part, start, stop, query, places)
-        else:
-            keys, positions = every.before(min(max(high for _, high, _ in part.candidates(start, stop)), stop))
         block = slice(start - first, stop - first, stride)
-        lead = _lead(keys, start, stop, first) if part.exact and not part.growing else None
+        ranges = _ranges(part, start, stop)
+        if part.exact and not part.growing and places.slots is None and _leads(ranges, start, stop, first):
+            low = ranges[0][0]
+            yield Job(block, slice(low, min(low + flash.whole_lines(stop - low, query.dtype), end)), lead=start - low)
+            continue
+        if every.positions is None:
+            keys, positions = _candidates(part, ranges, start, stop, query, places)
+        else:
+            high = max((high for _, high, _ in ranges), default=0)
+            keys = slice(0, bisect.bisect_left(every.listed, high))
+            if part.exact and high <= start + 1:
+                yield Job(block, keys)
+                continue
+            positions = every.positions[keys]
         if not positions.shape[-1]:
             yield Job(block, slice(0, 0))
-        elif lead is not None:
-            yield Job(block, keys, lead=lead)
         elif part.exact and positions.ndim == 1 and positions[-1] <= start:
             yield Job(block, keys)
         else:
@@ -116,12 +127,9 @@ def jobs_of(part: Part, query: torch.Tensor, places: Places, every: Every, wants
             yield Job(block, keys, hidden, blind)
 
 
-def _lead(keys: slice | torch.Tensor, start: int, stop: int, first: int) -> int | None:
-    """Return how many keys are before the queries `start .. stop`, of keys `… .. stop` that are their own positions and
-    not before `first`; None for other keys."""
-    if isinstance(keys, slice) and keys.step == 1 and keys.stop == stop and first <= keys.start <= start:
-        return start - keys.start
-    return None
+def _leads(ranges: Ranges, start: int, stop: int, first: int) -> bool:
+    """Whether the candidates of the queries `start .. stop` follow each other up to `stop`, from a query's on."""
+    return len(ranges) == 1 and ranges[0][1:] == (stop, 1) and first <= ranges[0][0] <= start
 
 
 def _blocks(part: Part, first: int, end: int) -> Iterator[tuple[int, int]]:
@@ -138,16 +146,19 @@ def _blocks(part: Part, first: int, end: int) -> Iterator[tuple[int, int]]:
     yield from reversed(found) if part.growing else found
 
 
+def _ranges(part: Part, start: int, stop: int) -> Ranges:
+    """Return where the candidates of the queries `start .. stop` are, from 0 on and before `stop`."""
+    found = part.candidates(start, stop)
+    cut = [(low if low >= 0 else low % step, min(high, stop), step) for low, high, step in found]
+    return [(low, high, step) for low, high, step in cut if low < high]
+
+
 def _candidates(
-    part: Part, start: int, stop: int, query: torch.Tensor, places: Places
+    part: Part, ranges: Ranges, start: int, stop: int, query: torch.Tensor, places: Places
 ) -> tuple[slice | torch.Tensor, torch.Tensor]:
     """Return the candidates of the queries `start .. stop` as keys, and their positions, `[n]` in their order or
     `[H, n]`; negative positions stand for nothing."""
     heads, device = query.shape[1], query.device
-    ranges = [
-        (low if low >= 0 else low % step, min(high, stop), step) for low, high, step in part.candidates(start, stop)
-    ]
-    ranges = [each for each in ranges if each[0] < each[1]]
     if len(ranges) == 1 and part.by_head is None and places.slots is None:
         return slice(*ranges[0]), torch.arange(*ranges[0], device=device)
     positions = torch.cat([torch.arange(*each, device=device) for each in ranges] or [torch.arange(0, device=device)])
