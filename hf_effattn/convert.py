@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -131,6 +132,25 @@ def build_converted(model: PreTrainedModel) -> None:
         if spec:
             _attach(targets, index, _make(config_from_dict(spec), targets, index, model))
     _finish(model, targets)
+
+
+@contextmanager
+def exchanged(model: PreTrainedModel, configs: dict[int, MechanismConfig]) -> Iterator[dict[int, Mechanism]]:
+    """Give converted layers other mechanisms, freshly made, and afterwards the very ones that they had."""
+    targets = find_targets(model)
+    own = {index: targets.modules[index].effattn for index in configs}
+    specs = list(model.config.effattn["layers"])
+    found = {index: config.for_layer(index) for index, config in configs.items()}
+    made = {index: _make(config, targets, index, model) for index, config in found.items()}
+    try:
+        for index, mechanism in made.items():
+            _attach(targets, index, mechanism)
+            model.config.effattn["layers"][index] = found[index].to_dict()
+        yield made
+    finally:
+        model.config.effattn["layers"] = specs
+        for index, module in own.items():
+            targets.modules[index].effattn = module
 
 
 def _refuse_beside(what: str, others: list[str]) -> None:

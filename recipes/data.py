@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from texts import Document, documents, is_held_out, name_of, split
+from texts import Document, is_held_out, name_of, sources_of, split
 from transformers import PreTrainedTokenizerBase
 
 from hf_effattn.evaluation.documents import NAMES
@@ -135,10 +135,42 @@ class Stream:
                 raise ValueError(f"no document of {self.source} to train on has {length} tokens")
 
 
-def open_data(source: str | None, streaming: bool, tokenizer: PreTrainedTokenizerBase, seed: int) -> Windows | Stream:
-    """Return the windows of documents, which are `own_documents` for None."""
+class InTurn:
+    """Sources that are read in turn, each as often as the others.
+
+    Args:
+        sources: By name.
+    """
+
+    def __init__(self, sources: Mapping[str, Windows | Stream]) -> None:
+        self.sources = sources
+
+    def dataset(self, length: int) -> Any:
+        """Return rows with `input_ids`: of several sources one after the other, the shorter ones again and again."""
+        found = [source.dataset(length) for source in self.sources.values()]
+        if len(found) == 1:
+            return found[0]
+        return [rows[i % len(rows)] for i in range(max(map(len, found))) for rows in found]
+
+    def held_out(self, length: int, number: int) -> torch.Tensor:
+        """Return `number` windows, or as many as there are, of all sources alike."""
+        sizes = [len(range(i, number, len(self.sources))) for i in range(len(self.sources))]
+        found = [source.held_out(length, size) for source, size in zip(self.sources.values(), sizes, strict=True)]
+        return torch.cat([windows for windows in found if len(windows)] or found[:1])
+
+    def batches(self, length: int, rows: int, start: int = 0) -> Iterator[torch.Tensor]:
+        """Yield batches `[rows, length]` without end, from batch `start` on, each of one source."""
+        sources = list(self.sources.values())
+        before = [len(range(i, start, len(sources))) for i in range(len(sources))]
+        found = [source.batches(length, rows, first) for source, first in zip(sources, before, strict=True)]
+        for number in count(start):
+            yield next(found[number % len(found)])
+
+
+def open_data(given: str | list[str] | None, streaming: bool, tokenizer: PreTrainedTokenizerBase, seed: int) -> InTurn:
+    """Return the windows of documents: see `sources_of`."""
     if not streaming:
-        return Windows(documents(source), tokenizer, seed)
-    if source is None or not source.lower().removesuffix(".gz").endswith(".jsonl"):
-        raise ValueError(f"streaming reads .jsonl and .jsonl.gz files; got {source}")
-    return Stream(source, tokenizer, seed)
+        return InTurn({name: Windows(found, tokenizer, seed) for name, found in sources_of(given).items()})
+    if not isinstance(given, str) or not given.lower().removesuffix(".gz").endswith(".jsonl"):
+        raise ValueError(f"streaming reads one .jsonl or .jsonl.gz file; got {given}")
+    return InTurn({Path(given).name: Stream(given, tokenizer, seed)})

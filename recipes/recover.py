@@ -40,8 +40,9 @@ def perplexity(model: Any, tokenizer: Any, windows: torch.Tensor) -> float:
 
 
 def unseen(config: DistillConfig, tokenizer: Any, others: list[str], length: int, number: int) -> dict[str, Any]:
-    """Return windows `[N, T]` by what they are of: documents held out of training, and other texts."""
-    found = {"held-out documents": open_data(config.documents, config.streaming, tokenizer, 0).held_out(length, number)}
+    """Return windows `[N, T]` by what they are of: documents held out of training, by source, and other texts."""
+    sources = open_data(config.documents, config.streaming, tokenizer, 0).sources
+    found = {f"{name}, held out": source.held_out(length, number) for name, source in sources.items()}
     cutter = Cutter(tokenizer)
     for name in others:
         tokens = cutter.encode([text for _, text in documents(name)])

@@ -23,7 +23,7 @@ class RecipeConfig:
     model: str = models.EMBEDDED
     options: dict[str, Any] = field(default_factory=dict)
     plan: str | None = None
-    documents: str | None = None
+    documents: str | list[str] | None = None
     streaming: bool = False
     lora_lr: float = 1e-4
     effattn_lr: float = 1e-3
@@ -48,7 +48,8 @@ class DistillConfig(RecipeConfig):
 
     model: a Hub id or folder; mechanism, options: of convert_attention, such as options.window=64; plan: a file that
     Plan.save wrote, instead of them
-    documents: a file or folder (null: what Python has); streaming: read a .jsonl file as needed
+    documents: a file or folder, or several that are read in turn (null: Python's documents, and novels);
+    streaming: read one .jsonl file as needed
     lengths: tokens of a window, each for as many steps of distillation as the others; transfer has the first
     batch_size: windows of a step, in all processes; micro_batch_size: windows that one computes at a time
     calibration: windows of text to calibrate on; transfer_steps, transfer_lr: attention transfer,
@@ -96,7 +97,8 @@ class FinetuneConfig(RecipeConfig):
 
     model: a Hub id or folder; adapter: what save_adapter wrote, to go on with; else mechanism (null: dense) and options
     of convert_attention, such as options.window=64, or plan: a file that Plan.save wrote
-    documents: a file or folder (null: what Python has); streaming: read a .jsonl file as needed
+    documents: a file or folder, or several that are read in turn (null: Python's documents, and novels);
+    streaming: read one .jsonl file as needed
     length: tokens of a window; steps; batch_size: windows of a process at a time; accumulation: of those, to a step
     lora_lr, effattn_lr, warmup (part of the steps), max_norm
     lora_rank, lora_alpha, lora_dropout, lora_mlp: the adapter, on the projections of attention, or of all layers

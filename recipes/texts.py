@@ -9,17 +9,18 @@ import argparse
 import hashlib
 import json
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from hf_effattn.evaluation.documents import read_rows
 
 HELD_OUT = 10  # one document of so many is held out
+NOVELS = Path(__file__).parent / "novels" / "novels.jsonl.gz"
 Document = tuple[str, str]  # name and text
 
 
-def own_documents() -> Iterator[Document]:
+def python_documents() -> Iterator[Document]:
     """Yield what every Python has: the topics of its language reference, and the modules of its standard library (not
     its packages, one of which holds the topics again)."""
     from pydoc_data.topics import topics
@@ -30,14 +31,30 @@ def own_documents() -> Iterator[Document]:
         yield f"stdlib/{file.name}", file.read_text(encoding="utf-8")
 
 
-def documents(source: str | None) -> list[Document]:
-    """Return the documents of a file, a folder or JSON lines, or `own_documents` for None; the same text only once."""
-    rows: Any = own_documents() if source is None else read_rows(Path(source).expanduser()).rows
-    found: dict[str, str] = {}
-    for row in rows:
-        name, text = (row.get("id"), row["document"]) if isinstance(row, dict) else row
-        found.setdefault(text, name_of(name, text))
-    return [(name, text) for text, name in found.items()]
+def sources_of(given: str | list[str] | None) -> dict[str, list[Document]]:
+    """Return the documents of a file or folder, or of each of several, by its name; for None those of Python, and
+    pieces of novels that come with the recipes."""
+    if given is None:
+        return {"Python": once(python_documents()), "novels": documents(NOVELS)}
+    paths = [given] if isinstance(given, str) else given
+    if not paths:
+        raise ValueError("documents are a file or folder, or a list of them; got an empty list")
+    names = [Path(path).name for path in paths]
+    return {name if names.count(name) == 1 else path: documents(path) for name, path in zip(names, paths, strict=True)}
+
+
+def documents(path: str | Path) -> list[Document]:
+    """Return the documents of a file, a folder or JSON lines."""
+    rows = read_rows(Path(path).expanduser()).rows
+    return once((name_of(row.get("id"), row["document"]), row["document"]) for row in rows)
+
+
+def once(found: Iterable[Document]) -> list[Document]:
+    """Return documents without those whose text came before."""
+    first: dict[str, str] = {}
+    for name, text in found:
+        first.setdefault(text, name)
+    return [(name, text) for text, name in first.items()]
 
 
 def name_of(given: Any, text: str) -> str:
@@ -68,8 +85,8 @@ def split(found: list[Document]) -> tuple[list[Document], list[Document]]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--documents", help="a file or folder (default: the documentation and sources of Python)")
+    parser.add_argument("--documents", nargs="+", help="files or folders (default: Python's documents, and novels)")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    held_out = split(documents(options.documents))[1]
+    held_out = [document for found in sources_of(options.documents).values() for document in split(found)[1]]
     options.out.write_text("".join(json.dumps({"id": name, "text": text}) + "\n" for name, text in held_out))

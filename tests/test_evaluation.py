@@ -428,7 +428,7 @@ def test_parts_of_a_linear_layer_stand_alone_with_what_they_have_learned(model: 
             if "effattn" in name:
                 parameter.normal_()
     ids, before = torch.arange(3, 103)[None], copy.deepcopy(model.state_dict())
-    given = model(ids).logits
+    given, modules, conversion = model(ids).logits, list(model.modules()), copy.deepcopy(model.config.effattn)
     window, linear = Variant("as given", None).ablations()
     assert (window.name, linear.name) == ("as given, window only", "as given, linear only")
     expected = small_model(TOKENIZER).convert_attention("sparse", window=16, num_sinks=2)
@@ -440,10 +440,14 @@ def test_parts_of_a_linear_layer_stand_alone_with_what_they_have_learned(model: 
         torch.testing.assert_close(model(ids).logits, expected(ids).logits, atol=1e-5, rtol=1e-5)
     assert torch.equal(model(ids).logits, given)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(one is other for one, other in zip(model.modules(), modules, strict=True))
+    assert model.config.effattn == conversion
 
 
 @pytest.mark.parametrize("lora", [None, {}, {"modules_to_save": ["lm_head"]}], ids=["maps", "lora", "lora and head"])
-def test_an_adapter_is_a_variant_and_leaves_the_model_as_it_was(model: Any, tmp_path: Path, lora: Any) -> None:
+def test_an_adapter_is_a_variant_and_leaves_the_model_as_it_was(
+    model: Any, tmp_path: Path, lora: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     ids, dense = torch.arange(3, 103)[None], model(torch.arange(3, 103)[None]).logits
     tuned = small_model(TOKENIZER).convert_attention("linear", window=16)
     if lora is not None:
@@ -459,6 +463,7 @@ def test_an_adapter_is_a_variant_and_leaves_the_model_as_it_was(model: Any, tmp_
     for part in variant.ablations():
         with as_variant(model, part):
             assert (model(ids).logits - tuned(ids).logits).abs().max() > 1e-4
+    assert not caplog.records
     assert torch.equal(model(ids).logits, dense)
     assert [name for name, _ in model.named_parameters()] == [
         name for name, _ in small_model(TOKENIZER).named_parameters()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from types import ModuleType
@@ -49,7 +50,7 @@ class Letters:
 @pytest.mark.parametrize("streaming", [False, True])
 def test_windows_stay_within_one_document_and_off_those_held_out(data: Any, texts: Path, streaming: bool) -> None:
     source = str(rows_file(texts) if streaming else texts)
-    training, held_out = data.split(data.documents(str(texts)))
+    training, held_out = data.split(data.sources_of(str(texts))["texts"])
     assert {name for name, _ in held_out} == {f"{n}.txt" for n in range(30) if data.is_held_out(f"{n}.txt")}
     found = data.open_data(source, streaming, Letters(), 0)
     windows = [tuple(row["input_ids"]) for row in found.dataset(16)]
@@ -97,14 +98,73 @@ def test_both_sides_have_documents_and_no_text_is_on_both(data: Any, tmp_path: P
         assert all(data.split([(name, name) for name in names]))
     path = tmp_path / "twice.jsonl"
     path.write_text("".join(json.dumps({"id": str(n), "text": f"text {n % 5}"}) + "\n" for n in range(50)))
-    assert len(data.documents(str(path))) == 5
+    assert len(data.sources_of(str(path))["twice.jsonl"]) == 5
 
 
 def test_what_python_has_is_split_by_name(data: Any) -> None:
-    training, held_out = data.split(data.documents(None))
+    training, held_out = data.split(data.sources_of(None)["Python"])
     assert not {name for name, _ in training} & {name for name, _ in held_out}
     assert 0.05 < len(held_out) / len(training) < 0.25
     assert {name.partition("/")[0] for name, _ in held_out} == {"topics", "stdlib"}
+
+
+def test_pieces_of_novels_come_along_each_of_another_author(data: Any, recipes: Any) -> None:
+    novels = data.sources_of(None)["novels"]
+    with gzip.open(recipes("texts").NOVELS, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    assert novels == [(row["id"], row["text"]) for row in rows]
+    assert len({row["author"] for row in rows}) == len(rows) == 40
+    assert all(len(text) > 20_000 for _, text in novels)
+    assert len(data.split(novels)[1]) == 4
+
+
+@pytest.fixture
+def two(texts: Path) -> list[str]:
+    """Two sources: a folder of lower-case letters, and the upper-case ones of `texts`, of which there are more."""
+    folder = texts.parent / "few"
+    folder.mkdir()
+    for number in range(8):
+        (folder / f"{number}.txt").write_text(f"{chr(97 + number)} " * 20)
+    return [str(folder), str(texts)]
+
+
+def test_several_sources_are_read_in_turn(data: Any, two: list[str]) -> None:
+    def batches(start: int, number: int) -> list[torch.Tensor]:
+        found = data.open_data(two, False, Letters(), 0).batches(16, 2, start)
+        return [next(found) for _ in range(number)]
+
+    whole = batches(0, 30)
+    for number, batch in enumerate(whole):
+        letters = {chr(token) for token in batch.flatten().tolist()} - {chr(1), " "}
+        assert all(letter.islower() == (number % 2 == 0) for letter in letters)
+    for start in (1, 2, 13):
+        assert torch.equal(torch.stack(whole[start:]), torch.stack(batches(start, 30 - start)))
+    single = data.open_data(two[1], False, Letters(), 0).batches(16, 2)
+    assert torch.equal(torch.stack(whole[1::2]), torch.stack([next(single) for _ in range(15)]))
+
+
+def test_rows_and_held_out_windows_are_of_all_sources_alike(data: Any, two: list[str]) -> None:
+    found = data.open_data(two, False, Letters(), 0)
+    few, many = (source.dataset(16) for source in found.sources.values())
+    rows = found.dataset(16)
+    assert len(few) < len(many)
+    assert rows[1::2] == many
+    assert rows[::2] == [few[i % len(few)] for i in range(len(many))]
+    lower, upper = (source.held_out(16, 2) for source in found.sources.values())
+    assert torch.equal(found.held_out(16, 4), torch.cat((lower, upper)))
+    assert len(found.held_out(16, 1)) == 1
+
+
+def test_sources_have_names(data: Any, texts: Path, two: list[str]) -> None:
+    assert list(data.sources_of(None)) == ["Python", "novels"]
+    assert list(data.sources_of(str(texts))) == ["texts"]
+    assert list(data.sources_of(two)) == ["few", "texts"]
+    other = texts.parent / "other" / "few"
+    other.mkdir(parents=True)
+    (other / "a.txt").write_text("x y z")
+    assert list(data.sources_of([two[0], str(other)])) == [two[0], str(other)]
+    with pytest.raises(ValueError, match="got an empty list"):
+        data.sources_of([])
 
 
 def test_too_little_text_and_other_streams_are_refused(data: Any, texts: Path) -> None:
@@ -114,6 +174,8 @@ def test_too_little_text_and_other_streams_are_refused(data: Any, texts: Path) -
         next(data.open_data(str(rows_file(texts)), True, Letters(), 0).batches(1000, 1))
     with pytest.raises(ValueError, match="streaming reads"):
         data.open_data(str(texts), True, Letters(), 0)
+    with pytest.raises(ValueError, match="streaming reads one"):
+        data.open_data([str(rows_file(texts))], True, Letters(), 0)
 
 
 def test_configs_are_read_and_overridden(recipes: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,6 +187,7 @@ def test_configs_are_read_and_overridden(recipes: Any, tmp_path: Path, capsys: p
     assert config.transfer_lr == 1e-3
     assert config.options == {"window": 8, "num_sinks": 2}
     assert (config.lengths, config.seed, config.documents) == ([64], 3, None)
+    assert read(settings.DistillConfig, ["documents=[a, b/c]"]).documents == ["a", "b/c"]
     for wrong, message in (
         ("windws=[1]", "unknown keys windws; valid: model, options"),
         ("seed=many", "seed is int"),

@@ -389,16 +389,17 @@ def test_the_report_compares_the_recovered_model_with_its_parts(recipes: Any, tm
     others = tmp_path / "other.txt"
     others.write_text(Path(SMALL["documents"]).read_text(encoding="utf-8")[:3000])
     results = recover.measure(config, adapter, load, [str(others)], 32, 3)
-    assert list(results) == ["held-out documents", "other.txt"]
+    of = f"{Path(SMALL['documents']).name}, held out"
+    assert list(results) == [of, "other.txt"]
     names = ["dense", "its window alone, untrained", "recovered", "recovered, window alone"]
     for found in results.values():
         assert list(found) == [*names, "recovered, linear part alone"]
         assert len(set(found.values())) == 5  # each is another model
     dense, tokenizer = load("")
-    windows = recover.unseen(config, tokenizer, [], 32, 3)["held-out documents"]
+    windows = recover.unseen(config, tokenizer, [], 32, 3)[of]
     with torch.inference_mode():
         losses = [dense(ids[None], labels=ids[None]).loss for ids in windows]
-    assert torch.stack(losses).mean().exp().item() == pytest.approx(results["held-out documents"]["dense"], rel=1e-4)
+    assert torch.stack(losses).mean().exp().item() == pytest.approx(results[of]["dense"], rel=1e-4)
     text = recover.report(results, 32)
     assert "| dense |" in text
     assert "left of the window's gap" in text

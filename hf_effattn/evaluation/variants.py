@@ -13,8 +13,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..attention import HybridAttention
-from ..config import MechanismConfig, SparseConfig, config_from_dict, make_config
-from ..convert import convert_attention, revert_attention
+from ..config import LinearConfig, MechanismConfig, SparseConfig, config_from_dict, make_config
+from ..convert import convert_attention, exchanged, revert_attention
 from ..integration import unload
 from ..plans import DENSE, Plan
 from ..recovery import load_adapter
@@ -152,28 +152,24 @@ def as_variant(model: PreTrainedModel, variant: Variant) -> Iterator[PreTrainedM
 @contextmanager
 def _only(model: PreTrainedModel, part: str | None) -> Iterator[None]:
     """Leave only one part of linear layers with a window, with the feature maps they have learned."""
-    modules: dict[int, Any] = dict(converted_layers(model)) if part else {}
-    hybrids = {i: mechanism_of(m) for i, m in modules.items() if isinstance(mechanism_of(m), HybridAttention)}
     if part is None:
         yield
         return
+    found = {index: mechanism_of(module) for index, module in converted_layers(model).items()}
+    hybrids = {index: whole for index, whole in found.items() if isinstance(whole, HybridAttention)}
     if not hybrids:
         raise ValueError(NO_PARTS)
-    for index, whole in hybrids.items():
-        options = whole.options
-        if part == "window":
-            alone: Any = SparseConfig(pattern="streaming", window=options.window, num_sinks=options.num_sinks)
-        else:
-            alone = replace(options, window=0, num_sinks=0)
-        convert_attention(model, alone, layers=[index])
-        new, state = modules[index].effattn, whole.state_dict()
-        new.load_state_dict({name: state[name] for name in new.state_dict() if name in state}, strict=False)
-    try:
+    with exchanged(model, {index: _part_of(whole.options, part) for index, whole in hybrids.items()}) as alone:
+        for index, new in alone.items():
+            state = hybrids[index].state_dict()
+            new.load_state_dict({name: state[name] for name in new.state_dict() if name in state}, strict=False)
         yield
-    finally:
-        for index, whole in hybrids.items():
-            convert_attention(model, whole.options, layers=[index])
-            modules[index].effattn.load_state_dict(whole.state_dict())
+
+
+def _part_of(options: LinearConfig, part: str) -> MechanismConfig:
+    if part == "window":
+        return SparseConfig(pattern="streaming", window=options.window, num_sinks=options.num_sinks)
+    return replace(options, window=0, num_sinks=0)
 
 
 def _split(text: str) -> list[str]:
