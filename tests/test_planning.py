@@ -57,6 +57,12 @@ def planned(model: Any, budget: str | int = "40%", **options: Any) -> Plan:
     return hf_effattn.plan(model, [TEXT], budget, **settings | options)
 
 
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    """The plan of `model`, which all tests of a process share."""
+    return planned(small_model(TOKENIZER, num_hidden_layers=4))
+
+
 def random_ids(length: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 90, (length,), generator=torch.Generator().manual_seed(seed))
 
@@ -87,8 +93,8 @@ def test_a_limit_that_only_the_cheapest_keep_is_kept() -> None:
     assert choose([[0.0, 0.0]] * 3, prices, least * 0.999) is None
 
 
-def test_no_candidate_counts_as_better_than_dense_attention(model: Any) -> None:
-    for layer in planned(model).layers:
+def test_no_candidate_counts_as_better_than_dense_attention(plan: Plan) -> None:
+    for layer in plan.layers:
         assert min(layer.costs.values()) >= min(layer.costs["dense"], 0.0)
 
 
@@ -150,19 +156,18 @@ def test_a_budget_is_kept_by_the_bytes_of_a_cache(model: Any, budget: str) -> No
 
 
 @torch.no_grad()
-def test_what_a_plan_says_was_measured_is_what_the_converted_model_loses(model: Any) -> None:
-    found = planned(model)
+def test_what_a_plan_says_was_measured_is_what_the_converted_model_loses(model: Any, plan: Plan) -> None:
     (probe,) = make_probes([TEXT], TOKENIZER, LENGTH, 1, 42)
     inputs, targets = probe.ids[None, :-1], probe.ids[1:]
     dense = model(inputs).logits[0].log_softmax(dim=-1)
-    own = model.convert_attention(found).eval()(inputs).logits[0].log_softmax(dim=-1)
+    own = model.convert_attention(plan).eval()(inputs).logits[0].log_softmax(dim=-1)
     losses = cross_entropy(own, targets, reduction="none")
     divergences = (dense.exp() * (dense - own)).sum(dim=1)
-    told = found.measured["this plan"]
+    told = plan.measured["this plan"]
     assert told.text == pytest.approx(float(losses[probe.is_text].mean()), abs=1e-5)
     assert told.recall == pytest.approx(float(losses[probe.is_answer].mean()), abs=1e-5)
     assert told.divergence == pytest.approx(float(divergences[probe.is_text].mean()), abs=1e-5)
-    assert found.measured["dense"].divergence == pytest.approx(0.0, abs=1e-6)
+    assert plan.measured["dense"].divergence == pytest.approx(0.0, abs=1e-6)
 
 
 WINDOWS = ["sparse:window=16,num_sinks=2", "sparse:window=160,num_sinks=2"]
@@ -226,12 +231,11 @@ def test_sums_of_losses_are_scaled_to_what_whole_models_lose() -> None:
     assert ratio_at((), 3.0) == 1.0
 
 
-def test_a_plan_is_no_worse_than_uniform_choices_that_keep_the_budget(model: Any) -> None:
-    found = planned(model, "40%")
-    for name in found.candidates:
-        price = sum(layer.prices[name] for layer in found.layers)
-        if price <= found.budget.limit:
-            assert found.total("this plan") <= found.total(name) + 1e-9
+def test_a_plan_is_no_worse_than_uniform_choices_that_keep_the_budget(plan: Plan) -> None:
+    for name in plan.candidates:
+        price = sum(layer.prices[name] for layer in plan.layers)
+        if price <= plan.budget.limit:
+            assert plan.total("this plan") <= plan.total(name) + 1e-9
 
 
 @pytest.mark.parametrize("by_head", [False, True])
@@ -275,6 +279,7 @@ def test_needles_are_hidden_far_before_and_asked_for_at_the_end() -> None:
     assert not any(x in document for x in answers)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = planned(model, out=tmp_path / "whole")
     lines = (tmp_path / "whole" / FILE).read_text().splitlines()
@@ -302,45 +307,43 @@ def test_measurements_of_something_else_are_refused(model: Any, tmp_path: Path) 
         planned(model, out=tmp_path)
 
 
-def test_a_plan_is_saved_with_the_model_and_by_itself(model: Any, tmp_path: Path) -> None:
-    found = planned(model)
-    found.save(tmp_path / "plan.json")
-    assert Plan.load(tmp_path / "plan.json") == found
-    model.convert_attention(found)
+def test_a_plan_is_saved_with_the_model_and_by_itself(model: Any, plan: Plan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    model.convert_attention(plan)
     ids = random_ids(60)[None]
     model.save_pretrained(tmp_path / "model")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert torch.equal(loaded(ids).logits, model(ids).logits)
-    assert Plan.from_dict(loaded.config.effattn["plan"]) == found
-    assert Plan.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert Plan.from_dict(loaded.config.effattn["plan"]) == plan
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     loaded.convert_attention("sparse", window=7, layers=[0])
     assert "plan" not in loaded.config.effattn  # which it no longer is
 
 
-def test_a_plan_is_a_variant_of_evaluation(model: Any, tmp_path: Path) -> None:
-    found, path = planned(model), tmp_path / "plan.json"
-    found.save(path)
+def test_a_plan_is_a_variant_of_evaluation(model: Any, plan: Plan, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    plan.save(path)
     variant = Variant.parse(f"plan:{path}")
     assert [config.to_dict() for config in mechanisms(model, variant)] == [
-        spec for layer in found.layers if (spec := found.candidates[layer.choice])
+        spec for layer in plan.layers if (spec := plan.candidates[layer.choice])
     ]
     with as_variant(model, variant):
-        assert model.attention_report(LENGTH).cache_bytes == found.price
+        assert model.attention_report(LENGTH).cache_bytes == plan.price
     before = digest_of(variant)
-    found.for_budget("20%").save(path)
+    plan.for_budget("20%").save(path)
     assert digest_of(variant) != before
 
 
-def test_the_same_measurements_serve_other_budgets(model: Any) -> None:
-    found = planned(model, "40%")
-    assert found.model_type == "llama"
-    cheaper = found.for_budget("15%")
+def test_the_same_measurements_serve_other_budgets(model: Any, plan: Plan) -> None:
+    assert plan.model_type == "llama"
+    cheaper = plan.for_budget("15%")
     assert cheaper.price <= 0.15 * model.attention_report(LENGTH).cache_bytes
     assert "this plan" not in cheaper.measured
-    assert found.for_budget("40%") == found, "with what was refined and measured"
-    assert cheaper.predicted >= found.predicted - 1e-9
+    assert plan.for_budget("40%") == plan, "with what was refined and measured"
+    assert cheaper.predicted >= plan.predicted - 1e-9
     with pytest.raises(ValueError, match="plan again for seconds"):
-        found.for_budget("10 tokens/s")
+        plan.for_budget("10 tokens/s")
 
 
 def test_a_speed_is_a_budget(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,17 +428,16 @@ def test_default_candidates_are_parts_of_the_context() -> None:
     assert read_candidates([hf_effattn.SparseConfig(window=7)])[1].name == "sparse:window=7"
 
 
-def test_plans_are_for_dense_models_of_their_size(model: Any) -> None:
-    found = planned(model)
+def test_plans_are_for_dense_models_of_their_size(model: Any, plan: Plan) -> None:
     with pytest.raises(ValueError, match="plan is for a model of 4 layers; this one has 2"):
-        small_model(TOKENIZER).convert_attention(found)
+        small_model(TOKENIZER).convert_attention(plan)
     with pytest.raises(ValueError, match="window does not go with a plan"):
-        model.convert_attention(found, window=4)
+        model.convert_attention(plan, window=4)
     with pytest.raises(ValueError, match="layers does not go with a plan"):
-        model.convert_attention(found, layers=[0])
+        model.convert_attention(plan, layers=[0])
     model.convert_attention("sparse", window=8)
     with pytest.raises(ValueError, match="converted already"):
-        model.convert_attention(found)
+        model.convert_attention(plan)
     with pytest.raises(ValueError, match="converted already"):
         planned(model)
 
@@ -445,13 +447,12 @@ def test_the_tokenizer_must_be_known(model: Any) -> None:
         hf_effattn.plan(model, [TEXT], context_length=LENGTH)
 
 
-def test_a_plan_prints_as_a_table_and_is_drawn(model: Any, tmp_path: Path) -> None:
-    found = planned(model)
-    shown = str(found).splitlines()
+def test_a_plan_prints_as_a_table_and_is_drawn(plan: Plan, tmp_path: Path) -> None:
+    shown = str(plan).splitlines()
     assert shown[0].split()[:3] == ["layer", "attention", "price"]
     assert len(shown) == 1 + 4 + 1 + 1 + 1 + 5 + 1
-    assert f"{math.exp(found.measured['dense'].text):.3f} (1.0000x)" in str(found)
-    found.plot(tmp_path / "plan.png")
+    assert f"{math.exp(plan.measured['dense'].text):.3f} (1.0000x)" in str(plan)
+    plan.plot(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "no.json").write_text("{}")
     with pytest.raises(ValueError, match="holds no plan"):

@@ -54,6 +54,7 @@ def test_plans_can_be_made_where_no_gradients_are_wanted() -> None:
     assert found == planned(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", [9, 3, 0])
 def test_a_search_and_steps_that_were_killed_go_on_from_what_is_known(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, missing: int
@@ -79,6 +80,7 @@ def test_a_search_and_steps_that_were_killed_go_on_from_what_is_known(
     assert len(calls) <= min(missing, every - 1)
 
 
+@pytest.mark.slow
 def test_a_folder_serves_other_candidates_weights_and_heads(tmp_path: Path) -> None:
     model = small_model(TOKENIZER, num_hidden_layers=3)
     others = ["sparse:window=16", "sparse:window=100"]

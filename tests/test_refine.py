@@ -102,6 +102,7 @@ def test_what_is_expected_goes_by_all_choices_before(told: float, near: float, f
     assert found.expected == pytest.approx((2 * near + far) / 3)
 
 
+@pytest.mark.slow
 def test_noise_of_what_is_told_is_not_expected_again() -> None:
     """Steps that change nothing of what is told, each of which is told to be one off, more or less."""
     chance = torch.Generator().manual_seed(0)

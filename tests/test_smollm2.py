@@ -30,7 +30,6 @@ every_mechanism = pytest.mark.parametrize("name", MECHANISMS)
 
 @pytest.fixture(scope="module")
 def loaded() -> Any:
-    torch.set_num_threads(2)
     return models.load()
 
 
