@@ -33,28 +33,32 @@ def python_documents() -> Iterator[Document]:
 
 def sources_of(given: str | list[str] | None) -> dict[str, list[Document]]:
     """Return the documents of a file or folder, or of each of several, by its name; for None those of Python, and
-    pieces of novels that come with the recipes."""
+    pieces of novels that come with the recipes. The same text comes once, so that it is on one side of the split."""
+    found: dict[str, Iterable[Document]]
     if given is None:
-        return {"Python": once(python_documents()), "novels": documents(NOVELS)}
-    paths = [given] if isinstance(given, str) else given
-    if not paths:
-        raise ValueError("documents are a file or folder, or a list of them; got an empty list")
-    names = [Path(path).name for path in paths]
-    return {name if names.count(name) == 1 else path: documents(path) for name, path in zip(names, paths, strict=True)}
+        found = {"Python": python_documents(), "novels": documents(NOVELS)}
+    else:
+        paths = [given] if isinstance(given, str) else given
+        if not paths:
+            raise ValueError("documents are a file or folder, or a list of them; got an empty list")
+        names = [Path(path).name for path in paths]
+        found = {
+            name if names.count(name) == 1 else path: documents(path) for name, path in zip(names, paths, strict=True)
+        }
+    first: dict[str, tuple[str, str]] = {}
+    for source, rows in found.items():
+        for name, text in rows:
+            first.setdefault(text, (source, name))
+    kept: dict[str, list[Document]] = {source: [] for source in found}
+    for text, (source, name) in first.items():
+        kept[source].append((name, text))
+    return kept
 
 
 def documents(path: str | Path) -> list[Document]:
     """Return the documents of a file, a folder or JSON lines."""
     rows = read_rows(Path(path).expanduser()).rows
-    return once((name_of(row.get("id"), row["document"]), row["document"]) for row in rows)
-
-
-def once(found: Iterable[Document]) -> list[Document]:
-    """Return documents without those whose text came before."""
-    first: dict[str, str] = {}
-    for name, text in found:
-        first.setdefault(text, name)
-    return [(name, text) for text, name in first.items()]
+    return [(name_of(row.get("id"), row["document"]), row["document"]) for row in rows]
 
 
 def name_of(given: Any, text: str) -> str:

@@ -99,6 +99,10 @@ def test_both_sides_have_documents_and_no_text_is_on_both(data: Any, tmp_path: P
     path = tmp_path / "twice.jsonl"
     path.write_text("".join(json.dumps({"id": str(n), "text": f"text {n % 5}"}) + "\n" for n in range(50)))
     assert len(data.sources_of(str(path))["twice.jsonl"]) == 5
+    again = tmp_path / "again.jsonl"
+    again.write_text("".join(json.dumps({"id": f"other {n}", "text": f"text {n}"}) + "\n" for n in range(9)))
+    found = data.sources_of([str(path), str(again)])
+    assert [text for _, text in found["again.jsonl"]] == [f"text {n}" for n in range(5, 9)]
 
 
 def test_what_python_has_is_split_by_name(data: Any) -> None:
