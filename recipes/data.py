@@ -48,13 +48,14 @@ class Windows:
     """Windows of documents that are all in memory.
 
     Args:
+        source: What they are called together.
         found: The documents, on both sides of the split.
         tokenizer: Makes tokens of them.
         seed: Of the order, which differs from epoch to epoch.
     """
 
-    def __init__(self, found: list[Document], tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:
-        self.cutter, self.seed = Cutter(tokenizer), seed
+    def __init__(self, source: str, found: list[Document], tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> None:
+        self.source, self.cutter, self.seed = source, Cutter(tokenizer), seed
         self.training, self.kept = ([text for _, text in side] for side in split(found))
         self.tokens = self.cutter.encode(self.training)
 
@@ -62,7 +63,9 @@ class Windows:
         """Return all windows to train on, in the order of the documents."""
         found = [self.cutter.window(self.tokens, place, length) for place in self.cutter.places(self.tokens, length)]
         if not found:
-            raise ValueError(f"none of the {len(self.tokens)} documents to train on has {length} tokens")
+            raise ValueError(
+                f"none of the {len(self.tokens)} documents of {self.source} to train on has {length} tokens"
+            )
         return found
 
     def dataset(self, length: int) -> Any:
@@ -170,7 +173,7 @@ class InTurn:
 def open_data(given: str | list[str] | None, streaming: bool, tokenizer: PreTrainedTokenizerBase, seed: int) -> InTurn:
     """Return the windows of documents: see `sources_of`."""
     if not streaming:
-        return InTurn({name: Windows(found, tokenizer, seed) for name, found in sources_of(given).items()})
+        return InTurn({name: Windows(name, found, tokenizer, seed) for name, found in sources_of(given).items()})
     if not isinstance(given, str) or not given.lower().removesuffix(".gz").endswith(".jsonl"):
         raise ValueError(f"streaming reads one .jsonl or .jsonl.gz file; got {given}")
     return InTurn({Path(given).name: Stream(given, tokenizer, seed)})
