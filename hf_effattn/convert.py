@@ -86,9 +86,7 @@ def convert_attention(
     _freeze_under_peft(model, made)
     integration.become_converted(model)
     model.config.effattn.pop("plan", None)
-    for index, new in made.items():
-        _attach(targets, index, new)
-        model.config.effattn["layers"][index] = configs[index].to_dict()
+    _put(model, targets, configs, made)
     if isinstance(mechanism, Plan):
         model.config.effattn["plan"] = mechanism.to_dict()
     _finish(model, targets)
@@ -143,9 +141,7 @@ def exchanged(model: PreTrainedModel, configs: dict[int, MechanismConfig]) -> It
     found = {index: config.for_layer(index) for index, config in configs.items()}
     made = {index: _make(config, targets, index, model) for index, config in found.items()}
     try:
-        for index, mechanism in made.items():
-            _attach(targets, index, mechanism)
-            model.config.effattn["layers"][index] = found[index].to_dict()
+        _put(model, targets, found, made)
         yield made
     finally:
         model.config.effattn["layers"] = specs
@@ -169,6 +165,14 @@ def _planned(targets: Targets, plan: Plan) -> dict[int, MechanismConfig]:
         raise ValueError("the plan leaves all layers as they are")
     choose_layers(targets, configs, None)
     return configs
+
+
+def _put(
+    model: PreTrainedModel, targets: Targets, configs: dict[int, MechanismConfig], made: dict[int, Mechanism]
+) -> None:
+    for index, mechanism in made.items():
+        _attach(targets, index, mechanism)
+        model.config.effattn["layers"][index] = configs[index].to_dict()
 
 
 def _attach(targets: Targets, index: int, mechanism: Mechanism) -> None:

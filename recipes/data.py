@@ -39,6 +39,13 @@ class Cutter:
                 found.append((document, len(ids) - room))
         return found
 
+    def spread(self, texts: list[str], length: int, number: int) -> torch.Tensor:
+        """Return `number` windows, or as many as there are, spread over the texts."""
+        tokens = self.encode(texts)
+        places = self.places(tokens, length)
+        chosen = [places[i * len(places) // number] for i in range(number)] if len(places) > number else places
+        return torch.tensor([self.window(tokens, place, length) for place in chosen])
+
     def window(self, tokens: list[list[int]], place: tuple[int, int], length: int) -> list[int]:
         document, first = place
         return self.start + tokens[document][first : first + length - len(self.start)]
@@ -74,10 +81,7 @@ class Windows:
 
     def held_out(self, length: int, number: int) -> torch.Tensor:
         """Return `number` windows, or as many as there are, spread over the documents held out."""
-        tokens = self.cutter.encode(self.kept)
-        places = self.cutter.places(tokens, length)
-        chosen = [places[i * len(places) // number] for i in range(number)] if len(places) > number else places
-        return torch.tensor([self.cutter.window(tokens, place, length) for place in chosen])
+        return self.cutter.spread(self.kept, length, number)
 
     def batches(self, length: int, rows: int, start: int = 0) -> Iterator[torch.Tensor]:
         """Yield batches `[rows, length]` without end, from batch `start` on."""

@@ -22,7 +22,7 @@ from plots import training
 from rich.console import Console
 from rich.markdown import Markdown
 from settings import DistillConfig, read_config
-from texts import documents
+from texts import sources_of
 
 from hf_effattn.evaluation import Subject, Variant
 from hf_effattn.evaluation.variants import ADAPTER, as_variant
@@ -44,11 +44,8 @@ def unseen(config: DistillConfig, tokenizer: Any, others: list[str], length: int
     sources = open_data(config.documents, config.streaming, tokenizer, 0).sources
     found = {f"{name}, held out": source.held_out(length, number) for name, source in sources.items()}
     cutter = Cutter(tokenizer)
-    for name in others:
-        tokens = cutter.encode([text for _, text in documents(name)])
-        places = cutter.places(tokens, length)
-        chosen = [places[i * len(places) // number] for i in range(min(number, len(places)))]
-        found[Path(name).name] = torch.tensor([cutter.window(tokens, place, length) for place in chosen])
+    for name, texts in (sources_of(others) if others else {}).items():
+        found[name] = cutter.spread([text for _, text in texts], length, number)
     return found
 
 

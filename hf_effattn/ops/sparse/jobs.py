@@ -100,6 +100,7 @@ def jobs_of(part: Part, query: torch.Tensor, places: Places, every: Every, wants
     for start, stop in _blocks(part, first, end):
         block = slice(start - first, stop - first, stride)
         ranges = _ranges(part, start, stop)
+        last = max((range(*each)[-1] for each in ranges), default=-1)
         if part.exact and not part.growing and places.slots is None and _leads(ranges, start, stop, first):
             low = ranges[0][0]
             yield Job(block, slice(low, min(low + flash.whole_lines(stop - low, query.dtype), end)), lead=start - low)
@@ -107,15 +108,11 @@ def jobs_of(part: Part, query: torch.Tensor, places: Places, every: Every, wants
         if every.positions is None:
             keys, positions = _candidates(part, ranges, start, stop, query, places)
         else:
-            high = max((high for _, high, _ in ranges), default=0)
-            keys = slice(0, bisect.bisect_left(every.listed, high))
-            if part.exact and high <= start + 1:
-                yield Job(block, keys)
-                continue
+            keys = slice(0, bisect.bisect_right(every.listed, last))
             positions = every.positions[keys]
         if not positions.shape[-1]:
             yield Job(block, slice(0, 0))
-        elif part.exact and positions.ndim == 1 and positions[-1] <= start:
+        elif part.exact and part.by_head is None and last <= start:
             yield Job(block, keys)
         else:
             at = torch.arange(start, stop, stride, device=query.device)[None, None, :, None]
