@@ -128,7 +128,7 @@ def build_converted(model: PreTrainedModel) -> None:
     integration.swap_submodels(model)
     for index, spec in enumerate(specs):
         if spec:
-            _attach(targets, index, _make(config_from_dict(spec), targets, index, model))
+            targets.attach(index, _make(config_from_dict(spec), targets, index, model))
     _finish(model, targets)
 
 
@@ -171,14 +171,8 @@ def _put(
     model: PreTrainedModel, targets: Targets, configs: dict[int, MechanismConfig], made: dict[int, Mechanism]
 ) -> None:
     for index, mechanism in made.items():
-        _attach(targets, index, mechanism)
+        targets.attach(index, mechanism)
         model.config.effattn["layers"][index] = configs[index].to_dict()
-
-
-def _attach(targets: Targets, index: int, mechanism: Mechanism) -> None:
-    cache_argument = targets.seam(index).cache_argument
-    assert cache_argument is not None
-    integration.attach(targets.modules[index], mechanism, cache_argument, targets.architecture.forward)
 
 
 def _finish(model: PreTrainedModel, targets: Targets) -> None:

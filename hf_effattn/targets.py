@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from .architectures import ARCHITECTURES, REFUSED, Architecture
 from .architectures.seam import Seam
-from .integration import FULL, SLIDING, NativeLayer, native_layers
+from .integration import FULL, SLIDING, NativeLayer, attach, native_layers
 
 
 class Targets(NamedTuple):
@@ -32,6 +32,12 @@ class Targets(NamedTuple):
         found = self.architecture.seam(self.modules[index])
         assert found is not None
         return found
+
+    def attach(self, index: int, mechanism: nn.Module) -> None:
+        """Let layer `index` compute its attention by `mechanism`."""
+        seam = self.seam(index)
+        assert seam.cache_argument is not None
+        attach(self.modules[index], mechanism, seam.cache_argument, seam.forward)
 
 
 def supported_models() -> list[str]:

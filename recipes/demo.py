@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_effattn  # noqa: F401  (gives models convert_attention)
+from hf_effattn.cache import with_cache
 
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "dense": None,
@@ -59,7 +60,7 @@ def decode(model: PreTrainedModel, cache: DynamicCache, token: torch.Tensor, ste
     cache, tokens, best = copy.deepcopy(cache), [], float("inf")
     for _ in range(steps):
         start = time.perf_counter()
-        token = model(token, past_key_values=cache).logits[:, -1:].argmax(-1)
+        token = model(token, **with_cache(model, cache)).logits[:, -1:].argmax(-1)
         best = min(best, time.perf_counter() - start)
         tokens.append(int(token))
     return tokens, best
@@ -81,7 +82,7 @@ def measure(
                 end = length - scored
             keep = scored if end == length else 1
             start = time.perf_counter()
-            logits = model(ids[:, done:end], past_key_values=cache, logits_to_keep=keep).logits
+            logits = model(ids[:, done:end], **with_cache(model, cache), logits_to_keep=keep).logits
             seconds += time.perf_counter() - start
             advance(end - done)
             done = end

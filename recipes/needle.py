@@ -23,6 +23,7 @@ from rich.progress import track
 from transformers import DynamicCache
 
 import hf_effattn  # noqa: F401  (gives models convert_attention)
+from hf_effattn.cache import with_cache
 from hf_effattn.evaluation import TASKS, Material, Subject
 from hf_effattn.evaluation.base import Example
 
@@ -72,13 +73,13 @@ def trial(subject: Subject, example: Example, ways: dict[str, dict[str, Any]]) -
     ids, held, answer = places_of(example, subject)
     model: Any = subject.model
     read, found = DynamicCache(config=model.config), {}
-    model(ids[:, : answer - 1], past_key_values=read, logits_to_keep=1)
+    model(ids[:, : answer - 1], **with_cache(model, read), logits_to_keep=1)
     for name, options in ways.items():
         cache, right = copy.deepcopy(read), []
         seen: dict[str, list[float]] = defaultdict(list)
         hooks = watch(model.convert_attention("sparse", **options), held, seen)
         for at in range(answer - 1, ids.shape[1] - 1):
-            logits = model(ids[:, at : at + 1], past_key_values=cache).logits
+            logits = model(ids[:, at : at + 1], **with_cache(model, cache)).logits
             right.append(float(logits[0, -1].argmax() == ids[0, at + 1]))
         for handle in hooks:
             handle.remove()

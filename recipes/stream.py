@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PreTrainedModel
 
 import hf_effattn  # noqa: F401  (gives models convert_attention)
+from hf_effattn.cache import with_cache
 
 
 def losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -37,7 +38,7 @@ def streamed(model: PreTrainedModel, ids: torch.Tensor, stretch: int) -> tuple[t
     cache, found, sizes = DynamicCache(config=model.config), [], []
     for start in track(range(0, ids.shape[1] - 1, stretch), "streaming"):
         part = ids[:, start : start + stretch + 1]
-        found.append(losses(model(part[:, :-1], past_key_values=cache).logits, part[:, 1:]))
+        found.append(losses(model(part[:, :-1], **with_cache(model, cache)).logits, part[:, 1:]))
         sizes.append(cache_bytes(cache))
     return torch.cat(found), sizes
 

@@ -15,6 +15,7 @@ from families import VOCABULARY
 from transformers import PreTrainedModel
 
 from hf_effattn import LinearConfig, SparseConfig
+from hf_effattn.cache import cache_argument
 from hf_effattn.feature_maps import FEATURE_MAPS
 from hf_effattn.ops.sparse import choose_backend
 from hf_effattn.patterns import (
@@ -191,6 +192,13 @@ def shake(model: PreTrainedModel) -> PreTrainedModel:
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, shape, generator=generator)
+
+
+def through(cache: Any) -> dict[str, Any]:
+    """The keyword argument that takes `cache`, under the name that this transformers has for it."""
+    name = cache_argument(transformers.LlamaForCausalLM.forward)
+    assert name is not None
+    return {name: cache}
 
 
 def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

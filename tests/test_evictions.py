@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from matrix import Case, converted_model, left_padded, positions_of, shake, tiny_model, tokens
+from matrix import Case, converted_model, left_padded, positions_of, shake, through, tiny_model, tokens
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from hf_effattn import SparseConfig
@@ -132,10 +132,10 @@ def test_each_eviction_names_its_paper_and_is_in_the_readme(name: str) -> None:
 def test_a_prompt_is_attended_to_in_full_and_memory_is_freed_after(model: str, name: str) -> None:
     dense, net, ids = tiny_model(model), converted_model(model, case(name)), tokens(2, 60)
     cache = DynamicCache(config=net.config)
-    torch.testing.assert_close(net(ids, past_key_values=cache).logits, dense(ids).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(net(ids, **through(cache)).logits, dense(ids).logits, atol=1e-5, rtol=1e-5)
     for number in (60, 61, 70, 90):
         while cache.get_seq_length() < number:
-            net(tokens(2, 1, seed=number), past_key_values=cache)
+            net(tokens(2, 1, seed=number), **through(cache))
         expected = net.attention_report(context_length=number)
         for layer, record in zip(cache.layers, expected.layers, strict=True):
             assert layer.state.most <= CAPACITY + CAPACITY // 8
@@ -148,7 +148,7 @@ def test_a_prompt_is_attended_to_in_full_and_memory_is_freed_after(model: str, n
 def test_a_cache_that_is_large_enough_changes_nothing(model: str, name: str) -> None:
     dense, net, ids = tiny_model(model), converted_model(model, case(name, 64)), tokens(2, 60)
     cache = DynamicCache(config=net.config)
-    parts = [net(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 20), (20, 21), (21, 50), (50, 60))]
+    parts = [net(ids[:, a:b], **through(cache)).logits for a, b in ((0, 20), (20, 21), (21, 50), (50, 60))]
     torch.testing.assert_close(torch.cat(parts, dim=1), dense(ids).logits, atol=1e-5, rtol=1e-5)
 
 
@@ -160,15 +160,15 @@ def test_neighbours_and_padding_do_not_matter(model: str, name: str) -> None:
     rows = [tokens(length, seed=length) for length in (30, 9, 17)]
     ids, mask = left_padded(rows)
     cache, alone, new = DynamicCache(config=net.config), [DynamicCache(config=net.config) for _ in rows], tokens(3, 40)
-    net(ids, attention_mask=mask, position_ids=positions_of(mask), past_key_values=cache)
+    net(ids, attention_mask=mask, position_ids=positions_of(mask), **through(cache))
     for row, own in zip(rows, alone, strict=True):
-        net(row[None], past_key_values=own)
+        net(row[None], **through(own))
     for a, b in ((0, 1), (1, 6), *((i, i + 1) for i in range(6, 30)), (30, 40)):
         mask = torch.cat((mask, mask.new_ones(3, b - a)), dim=1)
         positions = positions_of(mask)[:, -(b - a) :]
-        together = net(new[:, a:b], attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+        together = net(new[:, a:b], attention_mask=mask, position_ids=positions, **through(cache)).logits
         for index, own in enumerate(alone):
-            single = net(new[index : index + 1, a:b], past_key_values=own).logits
+            single = net(new[index : index + 1, a:b], **through(own)).logits
             torch.testing.assert_close(together[index : index + 1], single, atol=1e-5, rtol=1e-5)
 
 
@@ -192,13 +192,13 @@ def test_rolled_back_tokens_were_never_there(name: str) -> None:
     net, ids = converted_model("llama-gqa", case(name)), tokens(2, 50)
     plain, cache = DynamicCache(config=net.config), DynamicCache(config=net.config)
     for each in (plain, cache):
-        net(ids[:, :30], past_key_values=each)
-    expected = [net(ids[:, t : t + 1], past_key_values=plain).logits for t in range(30, 50)]
+        net(ids[:, :30], **through(each))
+    expected = [net(ids[:, t : t + 1], **through(plain)).logits for t in range(30, 50)]
     cache.activate_past_recording()
     found = []
     for start in range(30, 50, 2):
         guess = torch.cat((ids[:, start : start + 2], tokens(2, 3, seed=start)), dim=1)
-        found.append(net(guess, past_key_values=cache).logits[:, :2])
+        found.append(net(guess, **through(cache)).logits[:, :2])
         cache.crop(-3)
     torch.testing.assert_close(torch.cat(found, dim=1), torch.cat(expected, dim=1), atol=1e-5, rtol=1e-5)
 
@@ -234,7 +234,7 @@ def test_what_does_not_work_says_so() -> None:
         net.generate(tokens(1, 12), max_new_tokens=4, cache_implementation="static")
     net.revert_attention()
     cache = DynamicCache()
-    net(tokens(1, 12), past_key_values=cache)
+    net(tokens(1, 12), **through(cache))
     net.convert_attention("sparse", eviction="tova", capacity=8)
     with pytest.raises(ValueError, match="without the queries"):
-        net(tokens(1, 1), past_key_values=cache)
+        net(tokens(1, 1), **through(cache))

@@ -13,12 +13,13 @@ import families
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from matrix import DEFAULTS, Case, left_padded, positions_of, shake, tokens
+from matrix import DEFAULTS, Case, left_padded, positions_of, shake, through, tokens
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import hf_effattn
 from hf_effattn.architectures import REFUSED
 from hf_effattn.architectures.seam import find_seam
+from hf_effattn.targets import choose_layers, find_targets
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in hf_effattn.supported_models() if name in CONFIG_MAPPING},
@@ -92,7 +93,7 @@ def test_a_window_longer_than_the_text_changes_nothing(variant: str) -> None:
 def in_chunks(model: PreTrainedModel) -> torch.Tensor:
     """Logits of `IDS` that come in chunks of several sizes, through one cache."""
     cache, cuts = DynamicCache(config=model.config), ((0, 9), (9, 10), (10, 11), (11, 25), (25, 30))
-    return torch.cat([logits(model, IDS[:, a:b], past_key_values=cache) for a, b in cuts], dim=1)
+    return torch.cat([logits(model, IDS[:, a:b], **through(cache)) for a, b in cuts], dim=1)
 
 
 @defaults
@@ -102,6 +103,17 @@ def test_one_answer(variant: str, case: Case) -> None:
     full, natively = logits(model, use_cache=False), logits(dense, use_cache=False)
     assert not torch.allclose(full, natively, atol=1e-4), "nothing was converted"
     near(in_chunks(model), full)
+
+
+@pytest.mark.parametrize(("variant", "case"), in_turn(VARIANTS), ids=str)
+def test_one_answer_beside_softmax(variant: str, case: Case) -> None:
+    """transformers sizes the masks of all layers by the cache of one, which must not be ours."""
+    model_type, changes = VARIANTS[variant]
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(families.tiny_config(model_type, **changes)).eval()
+    first = choose_layers(find_targets(model), None, None)[0]
+    shake(model.convert_attention(case.mechanism, **case.options, layers=[first]))
+    near(in_chunks(model), logits(model, use_cache=False))
 
 
 @pytest.mark.slow
@@ -159,7 +171,7 @@ def test_the_report_is_what_the_cache_holds(variant: str) -> None:
     for case in DEFAULTS:
         model = model_of(variant, case)
         cache = DynamicCache(config=model.config)
-        logits(model, IDS[:1], past_key_values=cache)
+        logits(model, IDS[:1], **through(cache))
         for layer in model.attention_report(30).layers:
             if not layer.mechanism.startswith("softmax"):
                 assert cache.layers[layer.index].nbytes() == layer.cache_bytes

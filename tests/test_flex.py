@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import close, left_padded, patterns, positions_of, tiny_model, tokens
+from matrix import close, left_padded, patterns, positions_of, through, tiny_model, tokens
 from test_ops_linear import relative
 from test_ops_sparse import ALL, heads_for, inputs
 from torch.nn.attention import flex_attention as torch_flex
@@ -125,7 +125,7 @@ def test_chunks_of_padded_rows_give_one_answer(name: str, device: str) -> None:
     for at in ((0, 30), (0, 14, 15, 30)):
         cache = DynamicCache(config=net.config)
         parts = [
-            net(ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions_of(mask)[:, a:b], past_key_values=cache)
+            net(ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions_of(mask)[:, a:b], **through(cache))
             for a, b in zip(at[:-1], at[1:], strict=True)
         ]
         logits = torch.cat([part.logits for part in parts], dim=1).cpu()

@@ -17,6 +17,7 @@ from matrix import (
     converted_model,
     left_padded,
     shake,
+    through,
     tiny_config,
     tiny_model,
     tokens,
@@ -89,7 +90,7 @@ def test_mixed_layers_generate(model: str, case: Case) -> None:
     ids, mask = left_padded([tokens(5), tokens(13, seed=1)])
     expected = net.generate(ids, attention_mask=mask, use_cache=False, **NEW)
     assert torch.equal(net.generate(ids, attention_mask=mask, **NEW), expected)
-    assert torch.equal(net.generate(ids, attention_mask=mask, past_key_values=DynamicCache(), **NEW), expected)
+    assert torch.equal(net.generate(ids, attention_mask=mask, **through(DynamicCache()), **NEW), expected)
 
 
 @defaults
@@ -98,7 +99,7 @@ def test_a_conversation_goes_on_from_its_cache(model: str, case: Case) -> None:
     net, ids = converted_model(model, case), tokens(1, 12)
     first = net.generate(ids, return_dict_in_generate=True, **NEW)
     turn = torch.cat((first.sequences, tokens(1, 6, seed=4)), dim=1)
-    again = net.generate(turn, past_key_values=first.past_key_values, **NEW)
+    again = net.generate(turn, **through(first.past_key_values), **NEW)
     assert torch.equal(again, net.generate(turn, **NEW))
 
 
@@ -106,7 +107,7 @@ def test_a_conversation_goes_on_from_its_cache(model: str, case: Case) -> None:
 @on_every_model
 def test_a_bare_cache_of_the_user_works(model: str, case: Case) -> None:
     net, ids = converted_model(model, case), tokens(1, 12)
-    assert torch.equal(net.generate(ids, past_key_values=DynamicCache(), **NEW), net.generate(ids, **NEW))
+    assert torch.equal(net.generate(ids, **through(DynamicCache()), **NEW), net.generate(ids, **NEW))
 
 
 @defaults
@@ -167,7 +168,7 @@ def test_an_offloaded_cache_of_converted_layers_stays_on_the_device(model: str, 
     net, ids = converted_model(model, case), tokens(1, 12)
     cache = DynamicCache(config=net.config)
     cache.offloading = True  # what cache_implementation="offloaded" sets, where there is an accelerator
-    assert torch.equal(net.generate(ids, past_key_values=cache, **NEW), net.generate(ids, **NEW))
+    assert torch.equal(net.generate(ids, **through(cache), **NEW), net.generate(ids, **NEW))
 
 
 @defaults
@@ -188,11 +189,11 @@ def test_a_conversation_begun_before_the_conversion_goes_on(model: str, case: Ca
     net = AutoModelForCausalLM.from_config(tiny_config(model, num_hidden_layers=1)).eval()
     ids, cache = tokens(2, 24), DynamicCache()
     with torch.no_grad():
-        net(ids[:, :17], past_key_values=cache)
+        net(ids[:, :17], **through(cache))
         shake(net.convert_attention(case.mechanism, **case.options))
         if any(getattr(m, "undo_rotary", None) or getattr(m, "num_gates", 0) for m in net.modules()):
             with pytest.raises(ValueError, match="keys after rotary only"):
-                net(ids[:, 17:18], past_key_values=cache)
+                net(ids[:, 17:18], **through(cache))
             return
-        parts = [net(ids[:, a:b], past_key_values=cache).logits for a, b in ((17, 18), (18, 23), (23, 24))]
+        parts = [net(ids[:, a:b], **through(cache)).logits for a, b in ((17, 18), (18, 23), (23, 24))]
         close(torch.cat(parts, dim=1), net(ids, use_cache=False).logits[:, 17:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from matrix import MODELS, PAIRS, Case, close, left_padded, positions_of, shake, tiny_model, tokens
+from matrix import MODELS, PAIRS, Case, close, left_padded, positions_of, shake, through, tiny_model, tokens
 from small import small_model
 from test_planning import TOKENIZER, planned
 from transformers import DynamicCache
@@ -30,7 +30,7 @@ def test_one_answer_and_that_of_the_cpu(model: str, case: Case) -> None:
     net, ids, mask = net.cuda(), ids.cuda(), mask.cuda()
     positions, cache = positions_of(mask), DynamicCache(config=net.config)
     parts = [
-        net(ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache).logits
+        net(ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], **through(cache)).logits
         for a, b in ((0, 14), (14, 15), (15, 30))
     ]
     for index, row in enumerate(rows):

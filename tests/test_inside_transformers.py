@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import families
 import pytest
 import torch
-import transformers
-from matrix import DEFAULTS, MODELS, Case, close, converted_model, left_padded, positions_of, shake, tiny_model, tokens
+from matrix import (
+    DEFAULTS,
+    MODELS,
+    Case,
+    close,
+    converted_model,
+    left_padded,
+    positions_of,
+    shake,
+    through,
+    tiny_model,
+    tokens,
+)
 from transformers import AutoModelForCausalLM, DynamicCache, EncoderDecoderCache
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
@@ -34,7 +46,7 @@ def test_layers_with_a_window_of_their_own_convert_when_asked(family: str, case:
     positions, cache = positions_of(mask), DynamicCache(config=net.config)
     with torch.no_grad():
         parts = [
-            net(ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache).logits
+            net(ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], **through(cache)).logits
             for a, b in ((0, 7), (7, 13), (13, 14), (14, 19))
         ]
         for index, row in enumerate(rows):
@@ -57,10 +69,10 @@ def test_a_single_padded_token_leaves_its_row_as_it_was(model: str, case: Case) 
     mask[0, 12] = 0
     positions = positions_of(mask)
     with torch.no_grad():
-        net(ids, past_key_values=cache)
+        net(ids, **through(cache))
         for t in (12, 13):
             step = {"attention_mask": mask[:, : t + 1], "position_ids": positions[:, t : t + 1]}
-            logits = net(more[:, t - 12 : t - 11], past_key_values=cache, **step).logits[:, -1]
+            logits = net(more[:, t - 12 : t - 11], **through(cache), **step).logits[:, -1]
         close(logits[0], net(torch.cat((ids[0], more[0, 1:]))[None], use_cache=False).logits[0, -1])
         close(logits[1], net(torch.cat((ids[1], more[1]))[None], use_cache=False).logits[0, -1])
 
@@ -69,7 +81,7 @@ def test_a_single_padded_token_leaves_its_row_as_it_was(model: str, case: Case) 
 @on_every_model
 def test_a_cache_for_encoders_is_refused(model: str, case: Case) -> None:
     with pytest.raises(TypeError, match="got EncoderDecoderCache"):
-        converted_model(model, case)(tokens(1, 4), past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()))
+        converted_model(model, case)(tokens(1, 4), **through(EncoderDecoderCache(DynamicCache(), DynamicCache())))
 
 
 @defaults
@@ -78,7 +90,7 @@ def test_recording_asked_of_a_bare_cache_too_early_is_not_lost_silently(model: s
     """A `DynamicCache()` without config has no layers yet that could take note."""
     cache = DynamicCache()
     cache.activate_past_recording()
-    converted_model(model, case)(tokens(1, 8), past_key_values=cache)
+    converted_model(model, case)(tokens(1, 8), **through(cache))
     with pytest.raises(RuntimeError, match="activate_past_recording"):
         cache.crop(-2)
 
@@ -100,8 +112,8 @@ def test_attention_that_runs_twice_a_layer_is_noticed() -> None:
 def test_what_transformers_asks_of_a_class_stays_answered(model: str, case: Case) -> None:
     native, net = tiny_model(model), converted_model(model, case)
     assert type(native).__name__ in type(net).__name__  # generate decides some things by the name
-    # `transformers serve` looks a folder's class up there:
-    assert getattr(transformers, type(net).__name__) is type(net)
+    # `transformers serve` looks a folder's class up there, and imports it anew:
+    assert getattr(sys.modules["transformers"], type(net).__name__) is type(net)
     assert not net.supports_context_parallel, "a state cannot be split along the text"
     assert type(net)._can_set_attn_implementation() == type(native)._can_set_attn_implementation()
     for module in net.modules():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from families import VOCABULARY
-from matrix import DEFAULTS, MODELS, OF_FOUR_HEADS, Case, converted_model, tiny_config, tiny_model, tokens
+from matrix import DEFAULTS, MODELS, OF_FOUR_HEADS, Case, converted_model, through, tiny_config, tiny_model, tokens
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -130,15 +130,15 @@ def test_offloaded_models_are_refused(model: str) -> None:
 def test_foreign_caches_are_refused(model: str, case: Case) -> None:
     net, plain = converted_model(model, case), tiny_model(model)
     static = StaticCache(config=plain.config, max_cache_len=32)
-    plain(IDS, past_key_values=static)
+    plain(IDS, **through(static))
     with pytest.raises(ValueError, match="StaticLayer with 20 tokens.*Pass no cache, a DynamicCache"):
-        net(IDS[:, :1], past_key_values=static)
+        net(IDS[:, :1], **through(static))
     own = DynamicCache()
-    net(IDS, past_key_values=own)
+    net(IDS, **through(own))
     with pytest.raises(ValueError, match="not converted"):
-        plain(IDS[:, :1], past_key_values=own)
+        plain(IDS[:, :1], **through(own))
     with pytest.raises((TypeError, AttributeError, ValueError)):
-        net(IDS, past_key_values=((torch.zeros(1),),))
+        net(IDS, **through(((torch.zeros(1),),)))
 
 
 @pytest.mark.parametrize("layers", [[1], None], ids=["mixed", "all"])
@@ -148,18 +148,18 @@ def test_padding_in_a_cache_of_softmax_layers_is_refused(model: str, case: Case,
     """Its keys do not say which of them are padding."""
     cache, mask = DynamicCache(), torch.ones(2, 21, dtype=torch.long)
     mask[0, :3] = 0
-    tiny_model(model)(IDS, attention_mask=mask[:, :20], past_key_values=cache)
+    tiny_model(model)(IDS, attention_mask=mask[:, :20], **through(cache))
     net = tiny_model(model).convert_attention(case.mechanism, layers=layers, **case.options)
     with pytest.raises(ValueError, match="20 tokens of softmax attention with padding among them"):
-        net(IDS[:, :1], attention_mask=mask, past_key_values=cache)
+        net(IDS[:, :1], attention_mask=mask, **through(cache))
 
 
 @on_every_model
 def test_a_cache_of_another_mechanism_is_refused(model: str) -> None:
     cache = DynamicCache()
-    converted_model(model, DEFAULTS[0])(IDS, past_key_values=cache)
+    converted_model(model, DEFAULTS[0])(IDS, **through(cache))
     with pytest.raises(ValueError, match="filled by a layer with linear hedgehog.*now has sparse"):
-        converted_model(model, DEFAULTS[2])(IDS[:, :1], past_key_values=cache)
+        converted_model(model, DEFAULTS[2])(IDS[:, :1], **through(cache))
 
 
 @defaults
@@ -187,12 +187,12 @@ def test_attention_weights_over_a_past_are_refused(model: str, case: Case) -> No
     """Without a past they exist, and give the same output."""
     net = converted_model(model, case)
     cache = DynamicCache(config=net.config)
-    with_weights = net(IDS, past_key_values=cache, output_attentions=True)
+    with_weights = net(IDS, **through(cache), output_attentions=True)
     torch.testing.assert_close(with_weights.logits, net(IDS).logits, atol=1e-5, rtol=1e-5)
     assert all(weights.shape == (2, 4, 20, 20) for weights in with_weights.attentions)
     assert all((weights.triu(1) == 0).all() for weights in with_weights.attentions)
     with pytest.raises(ValueError, match="output_attentions=True was given while 20 tokens"):
-        net(IDS[:, :1], past_key_values=cache, output_attentions=True)
+        net(IDS[:, :1], **through(cache), output_attentions=True)
 
 
 @defaults
@@ -224,16 +224,16 @@ def test_packed_documents_cannot_share_a_cache(model: str, case: Case) -> None:
 @on_every_model
 def test_a_mask_that_forgets_the_past_is_refused(model: str, case: Case) -> None:
     net, cache = converted_model(model, case), DynamicCache()
-    net(IDS, past_key_values=cache)
+    net(IDS, **through(cache))
     with pytest.raises(ValueError, match="must cover all 22"):
-        net(IDS[:, :2], attention_mask=torch.tensor([[0, 1], [1, 1]]), past_key_values=cache)
+        net(IDS[:, :2], attention_mask=torch.tensor([[0, 1], [1, 1]]), **through(cache))
 
 
 @defaults
 @on_every_model
 def test_rolling_back_what_was_not_recorded_is_refused(model: str, case: Case) -> None:
     net, cache = converted_model(model, case), DynamicCache(config=converted_model(model, case).config)
-    net(IDS, past_key_values=cache)
+    net(IDS, **through(cache))
     cache.crop(0)
     with pytest.raises(RuntimeError, match="activate_past_recording"):
         cache.crop(-1)
@@ -248,9 +248,9 @@ def test_learned_positions_end_with_a_message(case: Case) -> None:
     with pytest.raises(ValueError, match="position 128 is beyond the 128 learned positions"):
         net(tokens(1, 129))
     cache = DynamicCache()
-    net(tokens(1, 128), past_key_values=cache)
+    net(tokens(1, 128), **through(cache))
     with pytest.raises(ValueError, match="beyond the 128 learned positions"):
-        net(tokens(1, 1), past_key_values=cache)
+        net(tokens(1, 1), **through(cache))
 
 
 def test_rotary_models_go_on_past_their_trained_length() -> None:

@@ -14,6 +14,7 @@ from matrix import (
     converted_model,
     patterns,
     shake,
+    through,
     tiny_model,
     tokens,
 )
@@ -47,9 +48,9 @@ def test_the_report_states_the_bytes(model: str, case: Case) -> None:
     net = converted_model(model, case)
     for prefill, steps in ((1, 3), (7, 0), (40, 3), (100, 2)):
         cache = DynamicCache(config=net.config)
-        net(tokens(1, prefill), past_key_values=cache)
+        net(tokens(1, prefill), **through(cache))
         for _ in range(steps):
-            net(tokens(1, 1), past_key_values=cache)
+            net(tokens(1, 1), **through(cache))
         report = net.attention_report(context_length=prefill + steps)
         assert measured(cache) == report.cache_bytes == sum(layer.cache_bytes for layer in report.layers)
 
@@ -59,11 +60,11 @@ def test_the_report_states_the_bytes(model: str, case: Case) -> None:
 def test_bounded_caches_stop_growing(model: str, case: Case) -> None:
     net = converted_model(model, case)
     cache = DynamicCache(config=net.config)
-    net(tokens(1, 40), past_key_values=cache)
+    net(tokens(1, 40), **through(cache))
     before = measured(cache)
-    net(tokens(1, 60), past_key_values=cache)
+    net(tokens(1, 60), **through(cache))
     for _ in range(20):
-        net(tokens(1, 1), past_key_values=cache)
+        net(tokens(1, 1), **through(cache))
     assert measured(cache) == before
     assert net.attention_report(context_length=10**6).cache_bytes == before
 
@@ -96,7 +97,7 @@ def test_storage_after_a_long_prompt_is_what_the_report_says(name: str) -> None:
 def test_softmax_layers_are_reported_as_they_are(model: str) -> None:
     net = tiny_model(model)
     cache = DynamicCache(config=net.config)
-    net(tokens(1, 50), past_key_values=cache)
+    net(tokens(1, 50), **through(cache))
     held = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
     report = net.attention_report(context_length=50)
     assert report.cache_bytes == held
@@ -139,8 +140,8 @@ def test_states_are_float32_whatever_the_model(model: str, case: Case, how: str)
         net = net.to(torch.bfloat16) if how == "to" else getattr(net, how)()
     cache = DynamicCache(config=net.config)
     with context, torch.no_grad():
-        prefill = net(tokens(2, 30), past_key_values=cache).logits
-        step = net(tokens(2, 1), past_key_values=cache).logits
+        prefill = net(tokens(2, 30), **through(cache)).logits
+        step = net(tokens(2, 1), **through(cache)).logits
     assert prefill.isfinite().all()
     assert step.isfinite().all()
     for state in states(cache):
@@ -156,9 +157,7 @@ def test_half_precision_gives_one_answer_within_its_rounding(model: str, case: C
     half = net.to(torch.bfloat16)
     full = half(ids, use_cache=False).logits.float()
     cache = DynamicCache(config=half.config)
-    parts = [
-        half(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 13), *((t, t + 1) for t in range(13, 40)))
-    ]
+    parts = [half(ids[:, a:b], **through(cache)).logits for a, b in ((0, 13), *((t, t + 1) for t in range(13, 40)))]
     error = (full - exact).norm() / exact.norm()
     assert error <= 0.05
     assert (torch.cat(parts, dim=1).float() - exact).norm() / exact.norm() <= 1.5 * error + 1e-3
@@ -171,14 +170,14 @@ def test_a_cache_goes_on_under_another_precision_or_mode(model: str, case: Case)
     exact = net(ids, use_cache=False).logits
     cache = DynamicCache(config=net.config)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        net(ids[:, :20], past_key_values=cache)
-    parts = [net(ids[:, a:b], past_key_values=cache).logits for a, b in ((20, 21), (21, 30))]
+        net(ids[:, :20], **through(cache))
+    parts = [net(ids[:, a:b], **through(cache)).logits for a, b in ((20, 21), (21, 30))]
     assert (torch.cat(parts, dim=1) - exact[:, 20:]).norm() / exact.norm() <= 0.05
     prefix = DynamicCache(config=net.config)
     with torch.inference_mode():
-        net(ids[:, :29], past_key_values=prefix)
+        net(ids[:, :29], **through(prefix))
     expected = net.generate(ids, max_new_tokens=5, do_sample=False)
-    assert torch.equal(net.generate(ids, past_key_values=prefix, max_new_tokens=5, do_sample=False), expected)
+    assert torch.equal(net.generate(ids, **through(prefix), max_new_tokens=5, do_sample=False), expected)
 
 
 def test_large_scores_decode_in_float16() -> None:
@@ -212,7 +211,7 @@ def test_a_pickled_cache_keeps_its_precision(tmp_path: object) -> None:
 
     net = converted_model("llama-gqa", DEFAULTS[0])
     cache = DynamicCache(config=net.config)
-    net(tokens(1, 30), past_key_values=cache)
+    net(tokens(1, 30), **through(cache))
     again = pickle.loads(pickle.dumps(cache))
     ids = tokens(1, 4, seed=5)
-    assert torch.equal(net(ids, past_key_values=again).logits, net(ids, past_key_values=cache).logits)
+    assert torch.equal(net(ids, **through(again)).logits, net(ids, **through(cache)).logits)

@@ -19,6 +19,7 @@ from matrix import (
     left_padded,
     positions_of,
     shake,
+    through,
     tiny_model,
     tokens,
 )
@@ -44,7 +45,7 @@ def chunked_prefill(net: Any, ids: torch.Tensor, mask: torch.Tensor, at: list[in
     """Logits of padded rows that come in chunks, through one cache."""
     positions, cache = positions_of(mask), DynamicCache(config=net.config)
     chunks = [
-        forward(net, ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache)
+        forward(net, ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], **through(cache))
         for a, b in cuts(ids.shape[1], at)
     ]
     return torch.cat(chunks, dim=1)
@@ -55,7 +56,7 @@ def chunked_prefill(net: Any, ids: torch.Tensor, mask: torch.Tensor, at: list[in
 def test_chunked_prefill_is_full_forward(model: str, case: Case, length: int, at: list[int], empty_cache: bool) -> None:
     net, ids = converted_model(model, case), tokens(2, length)
     cache = DynamicCache() if empty_cache else DynamicCache(config=net.config)
-    parts = [forward(net, ids[:, a:b], past_key_values=cache) for a, b in cuts(length, at)]
+    parts = [forward(net, ids[:, a:b], **through(cache)) for a, b in cuts(length, at)]
     close(torch.cat(parts, dim=1), forward(net, ids, use_cache=False))
 
 
@@ -63,7 +64,7 @@ def test_chunked_prefill_is_full_forward(model: str, case: Case, length: int, at
 def test_token_by_token_is_full_forward(model: str, case: Case) -> None:
     net, ids = converted_model(model, case), tokens(2, 24)
     cache = DynamicCache(config=net.config)
-    parts = [forward(net, ids[:, t : t + 1], past_key_values=cache) for t in range(24)]
+    parts = [forward(net, ids[:, t : t + 1], **through(cache)) for t in range(24)]
     close(torch.cat(parts, dim=1), forward(net, ids, use_cache=False))
 
 
@@ -102,7 +103,7 @@ def test_padding_between_turns_is_invisible(model: str, case: Case, first: list[
     for ids, real in parts:
         mask = torch.cat((mask, real), dim=1)
         positions = positions_of(mask)[:, -ids.shape[1] :]
-        logits = forward(net, ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        logits = forward(net, ids, attention_mask=mask, position_ids=positions, **through(cache))
     for index in range(2):
         row = torch.cat((turns[0][index], turns[1][index], steps[index]))
         close(logits[index, -1], forward(net, row[None], use_cache=False)[0, -1])
@@ -139,9 +140,9 @@ def test_packed_documents_do_not_see_each_other(model: str, case: Case, sizes: l
 def test_beams_can_be_reordered(model: str, case: Case, length: int, order: list[int]) -> None:
     net, ids, more = converted_model(model, case), tokens(3, length), tokens(3, 3, seed=1)
     cache = DynamicCache(config=net.config)
-    forward(net, ids, past_key_values=cache)
+    forward(net, ids, **through(cache))
     cache.reorder_cache(torch.tensor(order))
-    after = torch.cat([forward(net, more[:, t : t + 1], past_key_values=cache) for t in range(3)], dim=1)
+    after = torch.cat([forward(net, more[:, t : t + 1], **through(cache)) for t in range(3)], dim=1)
     close(after, forward(net, torch.cat((ids[order], more), dim=1), use_cache=False)[:, length:])
 
 
@@ -154,19 +155,17 @@ def test_rolled_back_tokens_were_never_there(
     net, ids, more = converted_model(model, case), tokens(2, prompt + draft), tokens(2, 5, seed=1)
     cache = DynamicCache(config=net.config)
     cache.activate_past_recording()
-    forward(net, ids[:, :prompt], past_key_values=cache)
+    forward(net, ids[:, :prompt], **through(cache))
     cache.crop(0)
     pieces = [1] * draft if split else [draft]
     start = prompt
     for size in pieces:
-        forward(net, ids[:, start : start + size], past_key_values=cache)
+        forward(net, ids[:, start : start + size], **through(cache))
         start += size
     cache.crop(-rejected)
     kept = ids[:, : prompt + draft - rejected]
     assert cache.get_seq_length() == kept.shape[1]
-    after = torch.cat(
-        [forward(net, more[:, :3], past_key_values=cache), forward(net, more[:, 3:], past_key_values=cache)], dim=1
-    )
+    after = torch.cat([forward(net, more[:, :3], **through(cache)), forward(net, more[:, 3:], **through(cache))], dim=1)
     close(after, forward(net, torch.cat((kept, more), dim=1), use_cache=False)[:, kept.shape[1] :])
 
 
@@ -175,19 +174,19 @@ def test_rolled_back_tokens_were_never_there(
 def test_cache_can_be_repeated_selected_reset_and_copied(model: str, case: Case) -> None:
     net, ids, more = converted_model(model, case), tokens(2, 15), tokens(4, 1, seed=1)
     cache = DynamicCache(config=net.config)
-    forward(net, ids, past_key_values=cache)
+    forward(net, ids, **through(cache))
     cache.batch_repeat_interleave(2)
     twin = copy.deepcopy(cache)
     expected = forward(net, torch.cat((ids.repeat_interleave(2, 0), more), dim=1), use_cache=False)[:, -1:]
-    close(forward(net, more, past_key_values=cache), expected)
+    close(forward(net, more, **through(cache)), expected)
     twin.batch_select_indices(torch.tensor([3, 0]))
-    close(forward(net, more[[3, 0]], past_key_values=twin), expected[[3, 0]])
+    close(forward(net, more[[3, 0]], **through(twin)), expected[[3, 0]])
     cache.reset()
     assert cache.get_seq_length() == 0
-    close(forward(net, ids, past_key_values=cache), forward(net, ids, use_cache=False))
+    close(forward(net, ids, **through(cache)), forward(net, ids, use_cache=False))
 
 
-@pytest.mark.parametrize("layers", [[1], None], ids=["mixed", "all"])
+@pytest.mark.parametrize("layers", [[0], [1], None], ids=["first", "last", "all"])
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("case", OF_FOUR_HEADS, ids=str)
 @on_every_model

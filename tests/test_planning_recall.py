@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrix import through
 from small import PROSE, small_model, small_tokenizer
 from test_families import VARIANTS, every_family, model_of
 from torch.nn.functional import one_hot
@@ -379,7 +380,7 @@ def test_the_gradient_of_the_divergence_is_what_small_changes_do() -> None:
             cache = copy.deepcopy(past.cache)
             cache.crop(begin - own.start)
             with torch.no_grad():
-                logits = model(part.ids[None, :-1], past_key_values=cache).logits[0].log_softmax(-1)
+                logits = model(part.ids[None, :-1], **through(cache)).logits[0].log_softmax(-1)
             wanted = dense.logits[begin : begin + len(logits)].log_softmax(-1)
             found.append((wanted.exp() * (wanted - logits)).sum(-1)[part.is_text].mean())
         return float(torch.stack(found).mean())

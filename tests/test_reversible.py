@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from families import NUM_LAYERS
-from matrix import MODELS, OF_FOUR_HEADS, ONE_CASE_EACH, Case, tiny_config, tiny_model, tokens
+from matrix import MODELS, OF_FOUR_HEADS, ONE_CASE_EACH, Case, through, tiny_config, tiny_model, tokens
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
 
 import hf_effattn
@@ -46,7 +46,7 @@ def test_a_window_longer_than_the_text_changes_nothing(model: str, options: dict
     net.convert_attention(**options, window=100, num_sinks=4)
     assert torch.equal(net(ids, use_cache=False).logits, expected)
     cache = DynamicCache(config=net.config)
-    parts = [net(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 20), (20, 21), (21, 60))]
+    parts = [net(ids[:, a:b], **through(cache)).logits for a, b in ((0, 20), (20, 21), (21, 60))]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from matrix import left_padded, positions_of, tiny_model, tokens
+from matrix import left_padded, positions_of, through, tiny_model, tokens
 from test_ops_linear import relative
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
@@ -37,7 +37,7 @@ def test_positions_are_those_within_the_cache(family: str) -> None:
     net = rolling(dense)
     torch.testing.assert_close(net(ids).logits, expected, atol=1e-5, rtol=1e-5)
     cache = DynamicCache(config=net.config)
-    parts = [net(ids[:, t : t + 1], past_key_values=cache).logits for t in range(40)]
+    parts = [net(ids[:, t : t + 1], **through(cache)).logits for t in range(40)]
     torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-5)
 
 
@@ -49,7 +49,7 @@ def test_one_answer() -> None:
     assert (full - absolute(ids).logits).abs().max() > 1e-3
     for cuts in ((0, 1, 2, 3, 9, 10, 11, 12, 40, 41, 50), (0, 30, 31, 50)):
         cache = DynamicCache(config=net.config)
-        parts = [net(ids[:, a:b], past_key_values=cache).logits for a, b in zip(cuts, cuts[1:], strict=False)]
+        parts = [net(ids[:, a:b], **through(cache)).logits for a, b in zip(cuts, cuts[1:], strict=False)]
         torch.testing.assert_close(torch.cat(parts, dim=1), full, atol=1e-5, rtol=1e-5)
     rows = [tokens(length, seed=length) for length in (50, 8, 23)]
     padded, mask = left_padded(rows)
@@ -85,7 +85,7 @@ def test_gradients_are_finite_and_bfloat16_works() -> None:
     cache = DynamicCache(config=net.config)
     with torch.no_grad():
         full = net(ids, use_cache=False).logits
-        parts = [net(ids[:, t : t + 1], past_key_values=cache).logits for t in range(60)]
+        parts = [net(ids[:, t : t + 1], **through(cache)).logits for t in range(60)]
     assert relative(torch.cat(parts, dim=1), full) <= 1e-2
 
 
@@ -94,7 +94,7 @@ def test_a_stream_is_endless_and_its_cache_is_not() -> None:
     net = rolling(tiny_model("llama-gqa"))
     cache, sizes = DynamicCache(config=net.config), set()
     for start in range(0, 20_000, 1_000):
-        logits = net(tokens(1, 1_000, seed=start), past_key_values=cache, logits_to_keep=1).logits
+        logits = net(tokens(1, 1_000, seed=start), **through(cache), logits_to_keep=1).logits
         assert logits.isfinite().all()
         sizes.add(sum(layer.nbytes() for layer in cache.layers))
     assert sizes == {net.attention_report(context_length=20_000).cache_bytes}

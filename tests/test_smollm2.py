@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 sys.path.insert(0, str(Path(__file__).parent.parent / "recipes"))
 import models
 import needle
+from matrix import through
 
 import hf_effattn  # noqa: F401  (gives models convert_attention)
 from hf_effattn.evaluation import TASKS, Material, Subject
@@ -60,7 +61,7 @@ def test_a_window_longer_than_the_text_gives_the_dense_logits(smollm2: Any, pros
         smollm2.convert_attention(**options, window=1024, num_sinks=4)
         assert (smollm2(ids, use_cache=False).logits - dense).abs().max() <= 1e-4
         cache = DynamicCache(config=smollm2.config)
-        parts = [smollm2(ids[:, a:b], past_key_values=cache).logits for a, b in ((0, 500), (500, 501), (501, 600))]
+        parts = [smollm2(ids[:, a:b], **through(cache)).logits for a, b in ((0, 500), (500, 501), (501, 600))]
         assert (torch.cat(parts, dim=1) - dense).abs().max() <= 1e-3  # cached and uncached dense differ as much
     smollm2.revert_attention()
     assert torch.equal(smollm2(ids, use_cache=False).logits, dense)
@@ -86,7 +87,7 @@ def test_cache_bytes_at_8192_tokens_are_those_of_the_report(smollm2: Any, prose:
     smollm2.convert_attention(**MECHANISMS[name])
     cache = DynamicCache(config=smollm2.config)
     for _ in range(4):
-        smollm2.model(prose, past_key_values=cache)
+        smollm2.model(prose, **through(cache))
     report = smollm2.attention_report(context_length=8192)
     assert cache.get_seq_length() == 8192
     assert sum(layer.nbytes() for layer in cache.layers) == report.cache_bytes

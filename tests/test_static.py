@@ -8,7 +8,18 @@ from typing import Any
 import families
 import pytest
 import torch
-from matrix import MODELS, OF_FOUR_HEADS, Case, converted_model, left_padded, positions_of, shake, tiny_model, tokens
+from matrix import (
+    MODELS,
+    OF_FOUR_HEADS,
+    Case,
+    converted_model,
+    left_padded,
+    positions_of,
+    shake,
+    through,
+    tiny_model,
+    tokens,
+)
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedModel, StaticCache
 
@@ -39,11 +50,11 @@ def decode(
     counters.clear()
     step = torch.compile(net.forward, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
-        logits = net(ids, attention_mask=mask, position_ids=positions_of(mask), past_key_values=cache).logits[:, -1:]
+        logits = net(ids, attention_mask=mask, position_ids=positions_of(mask), **through(cache)).logits[:, -1:]
         out, position = [], mask.sum(dim=1, keepdim=True)
         for _ in range(steps):
             out.append(logits.argmax(dim=-1))
-            logits = step(out[-1], past_key_values=cache, position_ids=position).logits
+            logits = step(out[-1], **through(cache), position_ids=position).logits
             position = position + 1
             assert counters["stats"]["unique_graphs"] <= graphs
     return torch.cat((ids, *out), dim=1)
@@ -75,7 +86,7 @@ def test_a_compiled_step_gives_the_same_tokens_from_one_graph(model: str, case: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [[1], None], ids=["mixed", "default"])
+@pytest.mark.parametrize("layers", [[0], [1], None], ids=["first", "last", "default"])
 @pytest.mark.parametrize("case", OF_FOUR_HEADS, ids=str)
 def test_softmax_layers_beside_converted_ones_compile_too(case: Case, layers: list[int] | None) -> None:
     net = with_native_windows(case)
@@ -111,7 +122,7 @@ def test_the_tensors_of_a_static_cache_stay_where_they_are(case: Case) -> None:
     addresses = set()
     with torch.no_grad():
         for size in (9, 1, 1, 7, 1, 11):
-            net(ids[:, :size], past_key_values=cache)
+            net(ids[:, :size], **through(cache))
             addresses.add(tuple(buffer.data_ptr() for layer in cache.layers for buffer in layer.buffers))
     assert len(addresses) == 1
     assert int(cache.get_seq_length()) == 30
@@ -123,8 +134,8 @@ def test_a_static_cache_can_be_reordered(case: Case) -> None:
     cache = StaticCache(config=net.config, max_cache_len=40)
     order = torch.tensor([2, 0, 0])
     with torch.no_grad():
-        net(ids, past_key_values=cache)
+        net(ids, **through(cache))
         cache.reorder_cache(order)
-        actual = net(more, past_key_values=cache).logits
+        actual = net(more, **through(cache)).logits
         expected = net(torch.cat((ids[order], more), dim=1), use_cache=False).logits[:, -1:]
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)

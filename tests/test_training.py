@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import MODELS, OF_FOUR_HEADS, ONE_CASE_EACH, Case, tiny_model, tokens
+from matrix import MODELS, OF_FOUR_HEADS, ONE_CASE_EACH, Case, through, tiny_model, tokens
 from peft import LoraConfig, get_peft_model
 from training import student
 from transformers import DynamicCache, Trainer, TrainingArguments
@@ -75,8 +75,8 @@ def test_a_prompt_trains_through_the_cache_of_a_frozen_model(model: str, case: C
     net = student(model, case).eval().requires_grad_(False)
     prompt = torch.nn.Parameter(torch.randn(1, 4, 64))
     cache = DynamicCache(config=net.config)
-    net(inputs_embeds=prompt, past_key_values=cache)
-    logits = [net(IDS[:1, t : t + 1], past_key_values=cache).logits for t in range(12)]
+    net(inputs_embeds=prompt, **through(cache))
+    logits = [net(IDS[:1, t : t + 1], **through(cache)).logits for t in range(12)]
     (actual,) = torch.autograd.grad(torch.cat(logits, dim=1).square().mean(), prompt)
     whole = torch.cat((prompt, net.get_input_embeddings()(IDS[:1, :12])), dim=1)
     (expected,) = torch.autograd.grad(net(inputs_embeds=whole, use_cache=False).logits[:, 4:].square().mean(), prompt)

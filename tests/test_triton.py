@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import close, left_padded, positions_of, shake, tiny_model, tokens
+from matrix import close, left_padded, positions_of, shake, through, tiny_model, tokens
 from test_ops_linear import relative
 from transformers import DynamicCache
 
@@ -200,7 +200,7 @@ def test_a_model_gives_one_answer(recurrence: str) -> None:
     ids, mask = (x.to(DEVICE) for x in left_padded([row.cpu() for row in rows]))
     positions, cache = positions_of(mask), DynamicCache(config=net.config)
     parts = [
-        net(ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], past_key_values=cache).logits
+        net(ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions[:, a:b], **through(cache)).logits
         for a, b in ((0, 14), (14, 15), (15, 30))
     ]
     for index, row in enumerate(rows):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from matrix import tiny_model, tokens
+from matrix import through, tiny_model, tokens
 from transformers import DynamicCache
 
 from hf_effattn import SparseConfig
@@ -129,7 +129,7 @@ def test_bytes_are_those_of_the_report() -> None:
     )
     cache = DynamicCache(config=net.config)
     for number in (40, 41, 60):
-        net(tokens(2, number - cache.get_seq_length()), past_key_values=cache)
+        net(tokens(2, number - cache.get_seq_length()), **through(cache))
         report = net.attention_report(context_length=number)
         for layer, record in zip(cache.layers, report.layers, strict=True):
             assert layer.nbytes() == 2 * record.cache_bytes
@@ -155,7 +155,7 @@ def test_what_does_not_work_says_so() -> None:
         net.generate(tokens(1, 12), max_new_tokens=4, cache_implementation="static")
     net.revert_attention()
     cache = DynamicCache()
-    net(tokens(1, 12), past_key_values=cache)
+    net(tokens(1, 12), **through(cache))
     net.convert_attention("sparse", selector="vertical_slash")
     with pytest.raises(ValueError, match="without the queries"):
-        net(tokens(1, 1), past_key_values=cache)
+        net(tokens(1, 1), **through(cache))

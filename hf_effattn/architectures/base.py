@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..cache import cache_argument
 from ..registry import Registry
 from .seam import Seam, find_seam
 
@@ -26,8 +27,8 @@ class Architecture:
         model_type: transformers' name of the family (`config.model_type`).
         position_embedding: Name of the child module, a plain `nn.Embedding`, that embeds learned absolute positions;
             None for families without one.
-        attention_class: Name of the attention class of a family without the AttentionInterface.
-        cache_argument: Parameter of that class's forward which receives the cache.
+        attention_class: Name of the attention class of a family without the AttentionInterface (in some versions of
+            transformers; where a class has it, it is used).
         forward: What such a class computes in place of its own forward: `forward(module, *args, **kwargs)`.
         refusal: `refusal(config)` says why a model of the family cannot be converted, or returns None.
     """
@@ -35,7 +36,6 @@ class Architecture:
     model_type: str
     position_embedding: str | None = None
     attention_class: str | None = None
-    cache_argument: str = "layer_past"
     forward: Callable[..., Any] | None = None
     refusal: Callable[[Any], str | None] | None = None
 
@@ -57,9 +57,11 @@ class Architecture:
 
     def seam(self, module: nn.Module) -> Seam | None:
         """Return how `module` calls the attention function; None if it is no attention that can be converted."""
-        if self.attention_class is not None:
-            return Seam(self.cache_argument) if type(module).__name__ == self.attention_class else None
-        return find_seam(type(module))  # type: ignore[arg-type]
+        cls = type(module)
+        found = find_seam(cls)  # type: ignore[arg-type]
+        if found is None and cls.__name__ == self.attention_class:
+            return Seam(cache_argument(cls.forward), forward=self.forward)
+        return found
 
     def _is_self_attention(self, name: str, module: nn.Module) -> bool:
         if getattr(module, "layer_idx", None) is None or name.rpartition(".")[2] in CROSS_ATTENTION:

@@ -11,12 +11,14 @@ import ast
 import functools
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
-CACHE_ARGUMENTS = ("past_key_values", "past_key_value", "layer_past")
+from ..cache import cache_argument
+
 # Keywords of the call that converted layers honour, or whose meaning they replace (a native window).
 UNDERSTOOD = frozenset({"attention_mask", "dropout", "output_attentions", "position_ids", "scaling", "sliding_window"})
 
@@ -30,12 +32,14 @@ class Seam:
         calls: Number of calls a forward makes.
         mask: The expression given as mask.
         keywords: Expression of every keyword argument of the call.
+        forward: What computes the attention in place of a forward that makes no such call.
     """
 
     cache_argument: str | None = None
     calls: int = 1
     mask: str = "attention_mask"
     keywords: dict[str, str] = field(default_factory=dict, hash=False)
+    forward: Callable[..., Any] | None = None
 
     def problems(self, module: nn.Module) -> Iterator[str]:
         """Yield what this attention does that a converted layer could not, for `module` of its class."""
@@ -73,9 +77,8 @@ def find_seam(cls: type) -> Seam | None:
     calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) in functions]
     keywords = {k.arg: ast.unparse(k.value) for call in calls for k in call.keywords if k.arg}
     positional = [ast.unparse(call.args[4]) for call in calls if len(call.args) > 4]
-    parameters = inspect.signature(inspect.unwrap(cls.forward)).parameters  # type: ignore[attr-defined]
     return Seam(
-        next((name for name in CACHE_ARGUMENTS if name in parameters), None),
+        cache_argument(cls.forward),  # type: ignore[attr-defined]
         len(calls),
         keywords.get("attention_mask", positional[0] if positional else "None"),
         keywords,

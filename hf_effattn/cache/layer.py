@@ -42,7 +42,10 @@ class EffAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     """
 
     is_compileable = False
-    is_sliding = False
+    # transformers sizes the masks of softmax layers by the first cache layer whose `is_sliding` equals False (for those
+    # with a window, True), and some versions of it by the first for which it is false: this is neither.
+    is_sliding: Any = "neither"
+    beside: CacheLayerMixin | None = None  # a softmax layer of the same cache, if there is one
     max_length: int | None = None  # tokens a static cache makes room for
     supports_early_init = False
     is_croppable = True
@@ -157,7 +160,9 @@ class EffAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
         return self.num_seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Masks for converted layers cover the new tokens only."""
+        """Masks for converted layers cover the new tokens only; beside softmax layers they get the masks of these."""
+        if self.beside is not None:
+            return self.beside.get_mask_sizes(query_length)
         return query_length, self.num_seen
 
     def get_max_length(self) -> int:

@@ -18,6 +18,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from ..cache import with_cache
 from .base import Example
 from .material import count_tokens, first_tokens
 
@@ -112,7 +113,7 @@ class Subject:
         cache, found = DynamicCache(config=self.model.config), []
         for start in range(0, len(ids) - 1, step):
             part = ids[start : start + step + 1]
-            logits = self.model(part[None, :-1], past_key_values=cache).logits
+            logits = self.model(part[None, :-1], **with_cache(self.model, cache)).logits
             found.append(cross_entropy(logits[0].float(), part[1:], reduction="none"))
         return torch.cat(found)
 

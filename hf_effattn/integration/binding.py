@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
 
 from ..cache import EffAttnCacheLayer
 from .attention import NAME
@@ -93,8 +93,13 @@ def bind_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         cache.offloading = False  # nothing to offload, where transformers expects at least one layer
     if layer is next(each for each in cache.layers if isinstance(each, EffAttnCacheLayer)):  # once a call of the model
         _refuse_packing(kwargs)
+        layer.beside = next((each for each in cache.layers if _is_of_softmax(each)), None)
     layer.bind(module.effattn.cache_owner)  # type: ignore[union-attr,arg-type]
     return args, {**kwargs, "effattn_layer": layer}
+
+
+def _is_of_softmax(layer: Any) -> bool:
+    return isinstance(layer, CacheLayerMixin) and not isinstance(layer, EffAttnCacheLayer)
 
 
 def _angles(kwargs: dict[str, Any]) -> Any:

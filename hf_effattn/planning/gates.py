@@ -10,7 +10,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from .. import integration
 from ..attention import HeadGeometry, Mechanism, make_mechanism
 from ..attention.base import Call
 from ..config import MechanismConfig, SparseConfig
@@ -121,8 +120,7 @@ def gated(
             parts[index].append(targets.modules[index].effattn)
     layers = {index: Gated(own[0].options, own[0].geometry, own) for index, own in parts.items()}
     for index, layer in layers.items():
-        argument = parts[index][0].cache_argument
-        integration.attach(targets.modules[index], layer, argument, targets.architecture.forward)
+        targets.attach(index, layer)
     try:
         yield Gates(units, layers)
     finally:

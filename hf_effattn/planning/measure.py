@@ -12,6 +12,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ..architectures import head_counts
+from ..cache import with_cache
 from ..config import config_from_dict
 from ..convert import convert_attention, revert_attention
 from ..plans import Loss
@@ -94,11 +95,12 @@ def read(model: PreTrainedModel, probe: Probe, keeps_cache: bool = True) -> Past
     ids = probe.ids[None, :-1].to(model.device)
     before = probe.start - probe.first
     with _keys_kept(model) as found:
-        logits = model(ids[:, : probe.start], past_key_values=cache, logits_to_keep=max(before, 1)).logits[0, :before]
+        output = model(ids[:, : probe.start], **with_cache(model, cache), logits_to_keep=max(before, 1))
+    logits = output.logits[0, :before]
     kept = copy.deepcopy(cache, {id(cache.layers[index]): layer for index, layer in found.items()})
     if not _can_be_taken_over(model, kept):
         return Past(None, logits_of(model, probe))
-    return Past(kept, torch.cat((logits, model(ids[:, probe.start :], past_key_values=cache).logits[0])))
+    return Past(kept, torch.cat((logits, model(ids[:, probe.start :], **with_cache(model, cache)).logits[0])))
 
 
 @contextmanager
@@ -140,7 +142,7 @@ def end_logits(model: PreTrainedModel, probe: Probe, past: Past) -> torch.Tensor
     if past.cache is None:
         return logits_of(model, probe)[probe.start - probe.first :]
     ids = probe.ids[None, probe.start : -1].to(model.device)
-    return model(ids, past_key_values=copy.deepcopy(past.cache)).logits[0]
+    return model(ids, **with_cache(model, copy.deepcopy(past.cache))).logits[0]
 
 
 def single_changes(

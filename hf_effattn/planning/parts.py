@@ -11,6 +11,7 @@ from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from ..cache import with_cache
 from .gates import Gates
 from .measure import Past, loss_of
 from .probes import Probe
@@ -90,4 +91,4 @@ def _behind(probe: Probe, past: Past, number: int = PARTS) -> Iterator[tuple[Pro
 
 
 def _logits(model: PreTrainedModel, part: Probe, cache: Any) -> torch.Tensor:
-    return model(part.ids[None, :-1].to(model.device), past_key_values=cache).logits[0]
+    return model(part.ids[None, :-1].to(model.device), **with_cache(model, cache)).logits[0]

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..cache import with_cache
 from .gates import Gates
 from .measure import Past, read
 from .probes import Probe
@@ -47,6 +48,6 @@ class Recall:
     def _loss(self, index: int) -> torch.Tensor:
         probe, past = self.probes[index], self.pasts[index]
         end, ids = probe.since(probe.start), probe.ids[None, probe.start : -1].to(self.model.device)
-        logits = self.model(ids, past_key_values=copy.deepcopy(past.cache)).logits[0]
+        logits = self.model(ids, **with_cache(self.model, copy.deepcopy(past.cache))).logits[0]
         wide = torch.promote_types(logits.dtype, torch.float32)
         return cross_entropy(logits[end.is_answer].to(wide), end.ids[1:][end.is_answer].to(logits.device))
