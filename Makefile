@@ -1,13 +1,18 @@
 # One command each on a fresh machine; everything is installed into .venv.
 VENV ?= .venv
 PYTHON ?= python3
+CONSTRAINTS := constraints.txt
+ifdef TRANSFORMERS  # make test TRANSFORMERS=5.24.0: with another than the pinned one, in an environment of its own
+VENV := .venv-$(TRANSFORMERS)
+CONSTRAINTS := .constraints-$(TRANSFORMERS).txt
+endif
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 QUANTISERS := $(VENV)/quantisers
 TRITON := $(VENV)/triton
 LONGEST_FIRST := tests/test_smollm2.py $(filter-out tests/test_smollm2.py,$(wildcard tests/test_*.py))
 # An ordinary name for the pip options, so that a mirror or cache can be configured from outside.
-PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
 .PHONY: help demo eval recover test lint bench clean
 
@@ -20,7 +25,10 @@ help:
 	@echo "make bench  measure prefill, decoding and memory of one layer; writes recipes/results/cpu-float32.*"
 	@echo "make clean  remove $(VENV) and what tools left behind"
 
-$(INSTALLED): pyproject.toml constraints.txt
+.constraints-%.txt: constraints.txt
+	sed -e '/^huggingface_hub=/d' -e '/^tokenizers=/d' -e 's/^transformers=.*/transformers==$*/' $< > $@
+
+$(INSTALLED): pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) --editable ".[dev]"
@@ -28,12 +36,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 # Beside the rest: transformers imports quantisation libraries wherever it finds them, and they are noisy.
-$(QUANTISERS)/.installed: constraints.txt $(INSTALLED)
+$(QUANTISERS)/.installed: $(CONSTRAINTS) $(INSTALLED)
 	$(PIP_INSTALL) --upgrade --target $(QUANTISERS) --no-deps bitsandbytes torchao
 	touch $@
 
 # Likewise: where PyTorch finds Triton it takes other paths. Its interpreter runs our kernels on a CPU.
-$(TRITON)/.installed: constraints.txt $(INSTALLED)
+$(TRITON)/.installed: $(CONSTRAINTS) $(INSTALLED)
 	$(PIP_INSTALL) --upgrade --target $(TRITON) --no-deps triton
 	touch $@
 

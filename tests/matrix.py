@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib.metadata
 import inspect
 from dataclasses import dataclass, field
 from typing import Any
 
 import families
+import pytest
 import torch
 import transformers
 from families import VOCABULARY
+from packaging.requirements import Requirement
 from transformers import PreTrainedModel
+from transformers.dependency_versions_table import deps
 
 from hf_effattn import LinearConfig, SparseConfig
 from hf_effattn.cache import cache_argument
@@ -34,6 +38,10 @@ from hf_effattn.patterns import (
 from hf_effattn.recurrences import RECURRENCES
 from hf_effattn.selectors import SELECTORS
 
+PEFT = importlib.metadata.version("peft")
+with_fitting_peft = pytest.mark.skipif(
+    PEFT not in Requirement(deps["peft"]).specifier, reason=f"this transformers wants {deps['peft']}, here is {PEFT}"
+)
 # A value for every option a pattern may have; small, so that tiny texts meet all cases.
 PATTERN_OPTIONS = {
     "window": 6,

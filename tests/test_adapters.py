@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from matrix import DEFAULTS, Case, close, converted_model, shake, tiny_config, tiny_model, tokens
+from matrix import DEFAULTS, Case, close, converted_model, shake, tiny_config, tiny_model, tokens, with_fitting_peft
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -219,6 +219,7 @@ def test_learned_prompts(kind: Any, tmp_path: Path) -> None:
         merge_adapter(net)
 
 
+@with_fitting_peft
 def test_an_adapter_inside_the_model_and_one_of_several(tmp_path: Path) -> None:
     net = student("llama-gqa")
     inside = LoraConfig(r=4, target_modules=TARGETS["llama-gqa"], init_lora_weights=False)

@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from matrix import DEFAULTS, close, tiny_config, tiny_model, tokens
+from matrix import DEFAULTS, close, tiny_config, tiny_model, tokens, with_fitting_peft
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_adapters import TARGETS, edit, learned, logits, mixed, snapshot, student, tuned
@@ -119,6 +119,7 @@ def test_it_generates_with_its_cache(tmp_path: Path) -> None:
     assert torch.equal(found, net.generate(ids, use_cache=False, **options))
 
 
+@with_fitting_peft
 def test_modes_copies_and_the_teacher(tmp_path: Path) -> None:
     stored(tmp_path)
     dense = logits(tiny_model(LLAMA))
@@ -190,6 +191,7 @@ def test_an_adapter_of_several_mechanisms_goes_by_each(tmp_path: Path) -> None:
         assert torch.equal(logits(loaded), logits(net))
 
 
+@with_fitting_peft
 def test_lora_of_others_stays(tmp_path: Path) -> None:
     net = student(LLAMA)
     net.add_adapter(LoraConfig(r=4, target_modules=TARGETS[LLAMA], init_lora_weights=False), "mine")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import DEFAULTS, Case, close, tokens
+from matrix import DEFAULTS, Case, close, tokens, with_fitting_peft
 from peft import (
     AutoPeftModelForCausalLM,
     IA3Config,
@@ -108,6 +108,7 @@ def test_adapters_with_own_feature_maps_are_switched(model: str, tmp_path: Path)
         assert torch.equal(net(IDS).logits, student(model, case).eval()(IDS).logits)
 
 
+@with_fitting_peft
 @pytest.mark.parametrize("kind", OTHERS)
 @defaults
 @on_two_models
@@ -125,6 +126,7 @@ def test_other_methods_train_generate_and_come_back(model: str, case: Case, kind
     assert torch.equal(again(IDS).logits, expected)
 
 
+@with_fitting_peft
 @pytest.mark.parametrize("layers", [[1], None], ids=["mixed", "all"])
 @defaults
 @on_two_models

@@ -45,7 +45,7 @@ class EffAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
     # transformers sizes the masks of softmax layers by the first cache layer whose `is_sliding` equals False (for those
     # with a window, True), and some versions of it by the first for which it is false: this is neither.
     is_sliding: Any = "neither"
-    beside: CacheLayerMixin | None = None  # a softmax layer of the same cache, if there is one
+    beside: Any = None  # a softmax layer of the same cache, if there is one
     max_length: int | None = None  # tokens a static cache makes room for
     supports_early_init = False
     is_croppable = True
