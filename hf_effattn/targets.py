@@ -6,11 +6,13 @@ import operator
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
 
 from .architectures import ARCHITECTURES, REFUSED, Architecture
 from .architectures.seam import Seam
+from .cache import CACHE_ARGUMENTS
 from .integration import FULL, SLIDING, NativeLayer, attach, native_layers
 
 
@@ -62,7 +64,8 @@ def find_targets(model: PreTrainedModel) -> Targets:
     natives = native_layers(model.config)
     if not modules:
         raise ValueError(
-            f"found no causal self-attention in {type(model).__name__}; models that only encode cannot be converted "
+            f"found no causal self-attention in {type(model).__name__} of transformers {transformers.__version__} that "
+            f"takes its cache as one of: {', '.join(CACHE_ARGUMENTS)}; models that only encode cannot be converted "
             "(families of encoders are supported as decoders: is_decoder=True)"
         )
     if max(modules) >= len(natives):

@@ -10,14 +10,14 @@ from typing import Any
 from torch import nn
 from transformers.cache_utils import Cache
 
-NAMES = ("cache", "past_key_values", "past_key_value", "layer_past")
+CACHE_ARGUMENTS = ("cache", "past_key_values", "past_key_value", "layer_past")
 
 
 @functools.cache
 def cache_argument(forward: Callable[..., Any]) -> str | None:
     """Return the parameter of `forward` that receives the cache; None if it has none."""
     parameters = inspect.signature(inspect.unwrap(forward)).parameters
-    return next((name for name in NAMES if name in parameters), None)
+    return next((name for name in CACHE_ARGUMENTS if name in parameters), None)
 
 
 def with_cache(model: nn.Module, cache: Cache | None) -> dict[str, Cache | None]:
