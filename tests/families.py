@@ -106,8 +106,8 @@ def listing() -> str:
             kind = "layers of full attention; recurrent and convolutional ones stay"
         groups.setdefault(kind, []).append(name)
     reasons: dict[str, list[str]] = {}
-    for name, reason in REFUSED.items():
-        reasons.setdefault(reason, []).append(name)
+    for name in filter(CONFIG_MAPPING.__contains__, REFUSED):
+        reasons.setdefault(REFUSED[name], []).append(name)
     lines = ["| by default converts | families (`config.model_type`) |", "|---|---|"]
     lines += [f"| {kind} | {', '.join(names)} |" for kind, names in sorted(groups.items())]
     lines += ["", "| refused, with this reason | families |", "|---|---|"]

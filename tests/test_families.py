@@ -12,6 +12,7 @@ from typing import Any
 import families
 import pytest
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from matrix import DEFAULTS, Case, left_padded, positions_of, shake, through, tokens
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, DynamicCache, PreTrainedModel
@@ -222,6 +223,7 @@ def test_layers_without_softmax_attention_are_named() -> None:
     assert [layer.index for layer in model.attention_report().layers] == [1]
 
 
+@pytest.mark.skipif(not transformers.__version__.startswith("5.23."), reason="the README lists those of 5.23")
 def test_the_readme_lists_the_families() -> None:
     found = families.SECTION.search(families.README.read_text())
     assert found is not None

@@ -68,6 +68,7 @@ WITHOUT_GATES = (
     "jetmoe",
     "kimi_linear",
     "kolibri1",
+    "lara_mini",
     "llama4_text",
     "longcat_flash",
     "minicpm3",

@@ -8,15 +8,15 @@ from __future__ import annotations
 from .base import Architecture, register
 
 PLAIN = """
-    afmoe apertus arcee aria_text axk1 bailing_hybrid bart beam bert bert-generation biogpt bitnet blenderbot
-    blenderbot-small camembert cohere cohere2 cohere2_moe ctrl cwm data2vec-text deepseek_v2 deepseek_v3 dots1 electra
-    ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma3_text gemma4_text gemma4_unified_text glm
-    glm4 glm4_moe glm4_moe_lite gpt_neox granite granitemoe granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe
-    hy_v3 hyperclovax jais2 jetmoe kimi_linear kolibri1 laguna lfm2 lfm3 llama llama4_text
-    longcat_flash marian mbart mellum minicpm3 minimax_m2 ministral ministral3 mistral mixtral modernbert-decoder moshi
-    nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe opt pegasus persimmon phi phi3 phimoe plbart qwen2 qwen2_moe
-    qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next roberta roberta-prelayernorm roc_bert seed_oss smollm3
-    solar_open stablelm starcoder2 whisper xlm-roberta xlm-roberta-xl youtu
+    afmoe apertus apertus1p5_text arcee aria_text axk1 bailing_hybrid bart beam bert bert-generation biogpt bitnet
+    blenderbot blenderbot-small camembert cohere cohere2 cohere2_moe ctrl cwm data2vec-text deepseek_v2 deepseek_v3
+    dots1 electra ernie ernie4_5 ernie4_5_moe exaone4 exaone_moe flex_olmo gemma gemma3_text gemma4_text
+    gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite gpt_neox granite granitemoe granitemoeshared helium
+    hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax jais2 jetmoe kimi_linear kolibri1 laguna lara_mini lfm2 lfm3
+    llama llama4_text longcat_flash marian mbart mellum minicpm3 minimax_m2 ministral ministral3 mistral mixtral
+    modernbert-decoder moshi nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe opt pegasus persimmon phi phi3 phimoe
+    plbart qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next roberta roberta-prelayernorm
+    roc_bert seed_oss smollm3 solar_open stablelm starcoder2 whisper xlm-roberta xlm-roberta-xl youtu
 """.split()
 LEARNED_POSITIONS = {"gpt2": "wpe", "gpt_bigcode": "wpe"}
 
@@ -48,7 +48,9 @@ REFUSED = {
     "hrm_text": "it runs its layers more than once a token",
     "inkling_text": "it adds position biases to the scores",
     "inkling2_text": "it adds position biases to the scores",
+    "inkling2_loop_text": "it adds position biases to the scores",
     "minimax": OWN_CACHE,
+    "exaone": LLAMA,
     "internlm3": LLAMA,
     "iquestcoder": LLAMA,
     "bigbird_pegasus": "its attention is not causal by itself",
