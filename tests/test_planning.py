@@ -53,7 +53,7 @@ def model() -> Any:
 
 
 def planned(model: Any, budget: str | int = "40%", **options: Any) -> Plan:
-    settings = {"context_length": LENGTH, "candidates": CANDIDATES, "tokenizer": TOKENIZER, "number": 1, "rounds": 3}
+    settings = {"context_length": LENGTH, "candidates": CANDIDATES, "tokenizer": TOKENIZER, "number": 1, "rounds": 2}
     return hf_effattn.plan(model, [TEXT], budget, **settings | options)
 
 
