@@ -17,8 +17,8 @@ FAMILIES = [name for name in hf_effattn.supported_models() if name in CONFIG_MAP
 # What they do is more than one unconditional rotation of the first dimensions: the reason is in the message.
 REFUSED = (
     "afmoe axk1 bailing_hybrid beam cohere2 cohere2_moe deepseek_v2 deepseek_v3 exaone4 exaone_moe falcon gemma4_text "
-    "gemma4_unified_text glm4_moe_lite gptj kolibri1 lara_mini llama4_text longcat_flash minicpm3 moshi olmo_hybrid smollm3 "
-    "youtu"
+    "gemma4_unified_text glm4_moe_lite gptj kolibri1 lara_mini llama4_text longcat_flash minicpm3 moshi olmo_hybrid "
+    "smollm3 youtu"
 ).split()
 
 
