@@ -83,14 +83,24 @@ def test_assisted_decoding_is_lossless(model: str, case: Case) -> None:
     )
 
 
+@pytest.mark.parametrize("layers", [[0], [1]], ids=["first", "last"])
 @defaults
 @on_every_model
-def test_mixed_layers_generate(model: str, case: Case) -> None:
-    net = shake(tiny_model(model).convert_attention(case.mechanism, layers=[1], **case.options))
+def test_mixed_layers_generate(model: str, case: Case, layers: list[int]) -> None:
+    net = shake(tiny_model(model).convert_attention(case.mechanism, layers=layers, **case.options))
     ids, mask = left_padded([tokens(5), tokens(13, seed=1)])
     expected = net.generate(ids, attention_mask=mask, use_cache=False, **NEW)
     assert torch.equal(net.generate(ids, attention_mask=mask, **NEW), expected)
     assert torch.equal(net.generate(ids, attention_mask=mask, **through(DynamicCache()), **NEW), expected)
+    drafts = tokens(1, 9).repeat(1, 2)
+    expected = net.generate(drafts, use_cache=False, **NEW)
+    for options in (
+        {"prompt_lookup_num_tokens": 3},
+        {"assistant_model": tiny_model(model)},
+        {"prefill_chunk_size": 5},
+        {"cache_implementation": "static"},
+    ):
+        assert torch.equal(net.generate(drafts, **NEW, **options), expected), options
 
 
 @defaults
