@@ -37,9 +37,7 @@ class Targets(NamedTuple):
 
     def attach(self, index: int, mechanism: nn.Module) -> None:
         """Let layer `index` compute its attention by `mechanism`."""
-        seam = self.seam(index)
-        assert seam.cache_argument is not None
-        attach(self.modules[index], mechanism, seam.cache_argument, seam.forward)
+        attach(self.modules[index], mechanism, self.seam(index).forward)
 
 
 def supported_models() -> list[str]:

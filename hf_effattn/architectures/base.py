@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from ..cache import cache_argument
 from ..registry import Registry
 from .seam import Seam, find_seam
 
@@ -60,14 +59,14 @@ class Architecture:
         cls = type(module)
         found = find_seam(cls)  # type: ignore[arg-type]
         if found is None and cls.__name__ == self.attention_class:
-            return Seam(cache_argument(cls.forward), forward=self.forward)
+            return Seam(forward=self.forward)
         return found
 
     def _is_self_attention(self, name: str, module: nn.Module) -> bool:
         if getattr(module, "layer_idx", None) is None or name.rpartition(".")[2] in CROSS_ATTENTION:
             return False
         seam = self.seam(module)
-        return seam is not None and seam.cache_argument is not None and getattr(module, "is_causal", True) is True
+        return seam is not None and seam.takes_cache and getattr(module, "is_causal", True) is True
 
 
 def register(architecture: Architecture) -> Architecture:

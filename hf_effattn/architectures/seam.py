@@ -28,14 +28,14 @@ class Seam:
     """How an attention class calls the attention function.
 
     Args:
-        cache_argument: Parameter of its forward that receives the cache; None for attention without one.
+        takes_cache: Whether its forward takes a cache.
         calls: Number of calls a forward makes.
         mask: The expression given as mask.
         keywords: Expression of every keyword argument of the call.
         forward: What computes the attention in place of a forward that makes no such call.
     """
 
-    cache_argument: str | None = None
+    takes_cache: bool = True
     calls: int = 1
     mask: str = "attention_mask"
     keywords: dict[str, str] = field(default_factory=dict, hash=False)
@@ -78,7 +78,7 @@ def find_seam(cls: type) -> Seam | None:
     keywords = {k.arg: ast.unparse(k.value) for call in calls for k in call.keywords if k.arg}
     positional = [ast.unparse(call.args[4]) for call in calls if len(call.args) > 4]
     return Seam(
-        cache_argument(cls.forward),  # type: ignore[attr-defined]
+        cache_argument(cls.forward) is not None,  # type: ignore[attr-defined]
         len(calls),
         keywords.get("attention_mask", positional[0] if positional else "None"),
         keywords,

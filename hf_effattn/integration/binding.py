@@ -11,26 +11,22 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
 
-from ..cache import EffAttnCacheLayer
+from ..cache import CACHE_ARGUMENTS, EffAttnCacheLayer
 from .attention import NAME
 from .masks import refuse_padded_past
 
 
-def attach(
-    module: nn.Module, mechanism: nn.Module, cache_argument: str, forward: Callable[..., Any] | None = None
-) -> None:
+def attach(module: nn.Module, mechanism: nn.Module, forward: Callable[..., Any] | None = None) -> None:
     """Make `module` compute attention by `mechanism` from its next call on.
 
     The module gets a config of its own that names our attention function, so that a later
     `set_attn_implementation` on the model changes the softmax layers and not this one.
 
     Args:
-        cache_argument: Parameter of the module's forward that receives the cache.
         forward: `forward(module, *args, **kwargs)` for modules whose own does not call an attention function by name.
     """
     if is_attached(module):
         detach(module, module.config)
-    mechanism.cache_argument = cache_argument  # type: ignore[assignment]
     mechanism.cache_owner = mechanism.describe()  # type: ignore[operator]
     module.effattn = mechanism
     config = copy.copy(module.config)
@@ -81,7 +77,7 @@ def bind_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     if module.effattn.num_gates:  # type: ignore[union-attr]
         hidden = args[0] if args else kwargs["hidden_states"]
         kwargs = {**kwargs, "effattn_gates": module.effattn.read_hidden(hidden)}  # type: ignore[union-attr,operator]
-    cache = kwargs.get(module.effattn.cache_argument)  # type: ignore[union-attr,arg-type]
+    cache = next((kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
     if cache is None:
         return args, kwargs
     if isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache):
