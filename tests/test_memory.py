@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from matrix import (
@@ -11,6 +13,7 @@ from matrix import (
     OF_FOUR_HEADS,
     ONE_CASE_EACH,
     Case,
+    close,
     converted_model,
     patterns,
     shake,
@@ -146,6 +149,28 @@ def test_states_are_float32_whatever_the_model(model: str, case: Case, how: str)
     assert step.isfinite().all()
     for state in states(cache):
         assert state.kv.dtype == state.normalizer.dtype == torch.float32
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 30])
+def test_keys_of_a_full_window_are_stored_by_dimension(length: int) -> None:
+    """Where one row decodes; whatever comes after sees the same keys."""
+    net, ids = converted_model("llama-gqa", DEFAULTS[2]), tokens(1, 60)
+    exact, cache, before = net(ids, use_cache=False).logits, DynamicCache(config=net.config), 0
+    cuts = [length, *range(length + 1, 41), 47, *range(48, 52), 60]
+    with torch.no_grad():
+        for end in cuts:
+            logits = net(ids[:, before:end], **through(cache)).logits
+            close(logits, exact[:, before:end])
+            if before >= 8 and end == before + 1:
+                assert all(layer.state.keys.stride(2) == 1 for layer in cache.layers)
+                assert cache.layers[0].nbytes() == net.attention_report(end).layers[0].cache_bytes
+            before = end
+        twin = copy.deepcopy(cache)
+        twin.batch_repeat_interleave(2)
+        more = tokens(1, 3, seed=1)
+        single = torch.cat([net(more[:, t : t + 1], **through(cache)).logits for t in range(3)], dim=1)
+        double = torch.cat([net(more[:, t : t + 1].repeat(2, 1), **through(twin)).logits for t in range(3)], dim=1)
+        close(double, single.repeat(2, 1, 1))
 
 
 @pytest.mark.parametrize("case", OF_FOUR_HEADS, ids=str)

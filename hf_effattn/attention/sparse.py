@@ -36,6 +36,8 @@ class SparseAttention(Mechanism):
         backend = self.backend(query.device.type)
         if query.shape[2] == 1 and backend != "reference":
             state = self.store.append(state, key, value, call.lengths, call.in_place)
+            if call.in_place and self._is_whole(state) and masked.wants_columns(query, state.keys):
+                state = state._replace(keys=masked.as_columns(state.keys))  # once: further steps write into them
             return self._attend_one(state, query, call), state
         if backend == "banded":
             output = self._attend_band(state, query, key, value, call)
@@ -84,8 +86,11 @@ class SparseAttention(Mechanism):
 
     def _is_filled(self, state: KeyValueState) -> bool:
         """Whether the first `state.most` slots of every row, as far as there are so many, hold a token."""
-        window, leading = self.store.window, self.store.num_leading
-        return state.least == state.most or (window is not None and state.least - leading >= window)
+        return state.least == state.most or self._is_whole(state)
+
+    def _is_whole(self, state: KeyValueState) -> bool:
+        """Whether the ring of every row is full, and stays so."""
+        return self.store.window is not None and state.least - self.store.num_leading >= self.store.window
 
     def _attend_band(
         self, state: KeyValueState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
