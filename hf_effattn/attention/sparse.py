@@ -36,7 +36,7 @@ class SparseAttention(Mechanism):
         backend = self.backend(query.device.type)
         if query.shape[2] == 1 and backend != "reference":
             state = self.store.append(state, key, value, call.lengths, call.in_place)
-            if call.in_place and self._is_whole(state) and masked.wants_columns(query, state.keys):
+            if call.in_place and self._sees_slots and self._is_whole(state) and masked.wants_columns(query, state.keys):
                 state = state._replace(keys=masked.as_columns(state.keys))  # once: further steps write into them
             return self._attend_one(state, query, call), state
         if backend == "banded":
@@ -74,7 +74,7 @@ class SparseAttention(Mechanism):
 
     def _attend_one(self, state: KeyValueState, query: torch.Tensor, call: Call) -> torch.Tensor:
         """Attend with one query, the last token of `state`, to whatever slots it sees."""
-        if self.pattern.band and self.store.window != 1 and self._is_filled(state):
+        if self._sees_slots and self._is_filled(state):
             keys, values = state.keys, state.values
             if keys.shape[2] > state.most:
                 keys, values = keys[:, :, : state.most], values[:, :, : state.most]
@@ -83,6 +83,11 @@ class SparseAttention(Mechanism):
         return masked.sparse_attention(
             query, state.keys, state.values, self.pattern, last, state.positions, call.scale, call.dropout
         )
+
+    @property
+    def _sees_slots(self) -> bool:
+        """Whether the last token sees whatever is kept."""
+        return bool(self.pattern.band) and self.store.window != 1
 
     def _is_filled(self, state: KeyValueState) -> bool:
         """Whether the first `state.most` slots of every row, as far as there are so many, hold a token."""
