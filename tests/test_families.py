@@ -44,6 +44,7 @@ every_family = pytest.mark.parametrize(
     "variant", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in VARIANTS]
 )
 defaults = pytest.mark.parametrize("case", DEFAULTS, ids=str)
+PINNED = families.README.with_name("constraints.txt").read_text().split()
 IDS = tokens(2, 30)
 ROWS = [tokens(11, seed=3), tokens(25, seed=4)]
 WIDE = Case("wide", "sparse", {"window": 64, "num_sinks": 2})
@@ -54,11 +55,15 @@ def in_turn(variants: Iterable[str]) -> list[tuple[str, Case]]:
     return [(variant, DEFAULTS[index % len(DEFAULTS)]) for index, variant in enumerate(variants)]
 
 
-@functools.lru_cache(maxsize=4)
-def model_of(variant: str, case: Case | None) -> PreTrainedModel:
+def made(variant: str) -> PreTrainedModel:
     model_type, changes = VARIANTS[variant]
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(families.tiny_config(model_type, **changes)).eval()
+    return AutoModelForCausalLM.from_config(families.tiny_config(model_type, **changes)).eval()
+
+
+@functools.lru_cache(maxsize=4)
+def model_of(variant: str, case: Case | None) -> PreTrainedModel:
+    model = made(variant)
     return shake(model.convert_attention(case.mechanism, **case.options)) if case else model
 
 
@@ -109,9 +114,7 @@ def test_one_answer(variant: str, case: Case) -> None:
 @pytest.mark.parametrize(("variant", "case"), in_turn(VARIANTS), ids=str)
 def test_one_answer_beside_softmax(variant: str, case: Case) -> None:
     """transformers sizes the masks of all layers by the cache of one, which must not be ours."""
-    model_type, changes = VARIANTS[variant]
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(families.tiny_config(model_type, **changes)).eval()
+    model = made(variant)
     first = choose_layers(find_targets(model), None, None)[0]
     shake(model.convert_attention(case.mechanism, **case.options, layers=[first]))
     near(in_chunks(model), logits(model, use_cache=False))
@@ -146,9 +149,7 @@ def test_generation_with_the_cache_is_generation_without(variant: str, case: Cas
 @pytest.mark.slow
 @every_family
 def test_conversion_is_saved_and_undone(variant: str, tmp_path: Path) -> None:
-    model_type, changes = VARIANTS[variant]
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(families.tiny_config(model_type, **changes)).eval()
+    model = made(variant)
     before, kind, config = logits(model, use_cache=False), type(model), model.config.to_dict()
     shake(model.convert_attention("linear", window=6, num_sinks=2))
     expected = logits(model, use_cache=False)
@@ -223,7 +224,7 @@ def test_layers_without_softmax_attention_are_named() -> None:
     assert [layer.index for layer in model.attention_report().layers] == [1]
 
 
-@pytest.mark.skipif(not transformers.__version__.startswith("5.23."), reason="the README lists those of 5.23")
+@pytest.mark.skipif(f"transformers=={transformers.__version__}" not in PINNED, reason="lists those of the pinned one")
 def test_the_readme_lists_the_families() -> None:
     found = families.SECTION.search(families.README.read_text())
     assert found is not None

@@ -6,7 +6,7 @@ import torch
 
 from ..cache import KeyValueState, KeyValueStore
 from ..config import SparseConfig
-from ..ops.sparse import banded, choose_backend, flex, gathered, masked, reference
+from ..ops.sparse import banded, by_dimension, choose_backend, flex, gathered, masked, reference
 from ..ops.sparse.jobs import Places
 from ..patterns import Pattern
 from .base import MECHANISMS, Call, HeadGeometry, Mechanism
@@ -36,8 +36,9 @@ class SparseAttention(Mechanism):
         backend = self.backend(query.device.type)
         if query.shape[2] == 1 and backend != "reference":
             state = self.store.append(state, key, value, call.lengths, call.in_place)
-            if call.in_place and self._sees_slots and self._is_whole(state) and masked.wants_columns(query, state.keys):
-                state = state._replace(keys=masked.as_columns(state.keys))  # once: further steps write into them
+            whole = call.in_place and self._sees_slots and self._is_whole(state)
+            if whole and by_dimension.is_wanted(query, state.keys):
+                state = state._replace(keys=by_dimension.stored(state.keys))  # once: further steps write into them
             return self._attend_one(state, query, call), state
         if backend == "banded":
             output = self._attend_band(state, query, key, value, call)
@@ -78,6 +79,8 @@ class SparseAttention(Mechanism):
             keys, values = state.keys, state.values
             if keys.shape[2] > state.most:
                 keys, values = keys[:, :, : state.most], values[:, :, : state.most]
+            if by_dimension.is_stored(keys) and not call.dropout:
+                return by_dimension.attend(query, keys, values, call.scale)
             return masked.attend(query, keys, values, None, call.scale, call.dropout)
         last = state.num_tokens[:, None] - 1
         return masked.sparse_attention(

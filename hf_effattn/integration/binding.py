@@ -95,7 +95,7 @@ def bind_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
 
 def _is_of_softmax(layer: Any) -> bool:
-    return isinstance(layer, CacheLayerMixin) and not isinstance(layer, EffAttnCacheLayer)
+    return not isinstance(layer, EffAttnCacheLayer) and isinstance(layer, CacheLayerMixin)
 
 
 def _angles(kwargs: dict[str, Any]) -> Any:
