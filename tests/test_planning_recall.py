@@ -17,10 +17,11 @@ from hf_effattn import LinearConfig, SparseConfig
 from hf_effattn.architectures import head_counts
 from hf_effattn.evaluation.haystack import ADJECTIVES, NOUNS
 from hf_effattn.evaluation.variants import is_converted
+from hf_effattn.planning import probes
 from hf_effattn.planning.candidates import Candidate, read_candidates
 from hf_effattn.planning.frank_wolfe import frank_wolfe
 from hf_effattn.planning.gates import can_be_gated, gated
-from hf_effattn.planning.measure import assign, end_logits, logits_of, loss_of, read, single_changes
+from hf_effattn.planning.measure import assign, end_logits, logits_of, loss_of, read, read_batch, single_changes
 from hf_effattn.planning.parts import STEEP, divergence, divergence_gradient, parts
 from hf_effattn.planning.probes import (
     ASKED,
@@ -82,8 +83,8 @@ WITHOUT_GATES = (
 with_gates = pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in WITHOUT_GATES])
 
 
-def probe(length: int = LENGTH, start: int = START, vocabulary: int = 90) -> Probe:
-    ids = torch.randint(3, vocabulary, (length,), generator=torch.Generator().manual_seed(0))
+def probe(length: int = LENGTH, start: int = START, seed: int = 0) -> Probe:
+    ids = torch.randint(3, 90, (length,), generator=torch.Generator().manual_seed(seed))
     marks = torch.arange(length - 1)
     return Probe(ids, torch.zeros(length - 1).bool(), marks >= start + 3, start)
 
@@ -108,7 +109,7 @@ def check_gates(model: Any, candidates: list[Candidate], by_head: bool) -> None:
     assign(model, {unit: candidates[index] for unit, index in zip(units, chosen.tolist(), strict=True)})
     expected = end_logits(model, own, past)
     assign(model, {})
-    recall = Recall(model, [own])
+    recall = Recall(model, [[own]])
     with gated(model, units, candidates, LENGTH) as gates:
         loss = recall.losses(gates, one_hot(chosen, len(candidates)).float())
         found = end_logits(model, own, past)
@@ -148,7 +149,7 @@ def test_the_gradient_is_what_recall_loses_with_small_changes(shut: bool) -> Non
     """Between candidates, and where gates of a candidate are shut in each, some or no layers."""
     model = small_model(TOKENIZER, num_hidden_layers=3).double()
     units, candidates = units_of(model, True), [DENSE, SHORT, LONG]
-    recall = Recall(model, [probe(), probe(35, 20)])
+    recall = Recall(model, [[probe()], [probe(35, 20)]])
     values = torch.rand(len(units), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     way = torch.randn(len(units), 3, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     if shut:
@@ -273,8 +274,10 @@ def test_what_reads_more_than_queries_and_keys_has_no_gates(name: str, expected:
 
 @pytest.mark.parametrize("length", [600, 1200])
 def test_one_thing_is_hidden_in_each_text_and_asked_for(length: int) -> None:
-    found = make_asked(TOKENIZER, length, 3)
-    for (thing, share, depth), own in zip(HIDDEN, found, strict=True):
+    found = [probe for batch in make_asked(TOKENIZER, length, 3) for probe in batch]
+    assert len(found) == len(HIDDEN)
+    for thing, share, depth in HIDDEN:
+        (own,) = (x for x in found if f"What is the {thing}?" in TOKENIZER.decode(x.ids))
         tokens = int(share * length)
         assert len(own.ids) == tokens + 1
         assert not own.is_text.any()
@@ -287,7 +290,7 @@ def test_one_thing_is_hidden_in_each_text_and_asked_for(length: int) -> None:
         said = SAID.format(thing=thing, value=answer)
         noise = len(whole) - len(said) - len(ASKED.format(thing=thing)) - len(f" {answer}")
         assert whole.index(said) / noise == pytest.approx(depth, abs=0.1 if share > 0.25 else 0.35)
-    assert make_asked(TOKENIZER, length, 4)[0].ids.tolist() != found[0].ids.tolist()
+    assert make_asked(TOKENIZER, length, 4)[0][0].ids.tolist() != found[0].ids.tolist()
 
 
 def test_several_things_are_asked_for_in_calibration_texts() -> None:
@@ -403,7 +406,7 @@ def test_gates_have_gradients_in_every_family(variant: str) -> None:
     own = own._replace(is_text=~own.is_answer)
     dense = read(model, own)
     units, candidates = units_of(model, by_head=False), [DENSE, SHORT]
-    values, recall = torch.full((len(units), 2), 0.5, dtype=torch.float64), Recall(model, [own])
+    values, recall = torch.full((len(units), 2), 0.5, dtype=torch.float64), Recall(model, [[own]])
     step = 1e-4 * torch.tensor([-1.0, 1.0], dtype=torch.float64)
     with gated(model, units, candidates, LENGTH) as gates:
         gates.set(values)
@@ -421,8 +424,8 @@ def test_gates_have_gradients_in_every_family(variant: str) -> None:
 def test_whole_texts_are_read_with_the_choice_and_compared_with_the_dense_model() -> None:
     model, own, dense = text_and_model()
     other = probe()
-    other_dense, units, candidates = read(model, other), units_of(model, True), [DENSE, SHORT, LONG]
-    whole = Whole(model, units, candidates, 700, [(own, dense)], [(other, other_dense)])
+    other_dense, units, candidates = read_batch(model, [other]), units_of(model, True), [DENSE, SHORT, LONG]
+    whole = Whole(model, units, candidates, 700, [(own, dense)], [([other], other_dense)])
     nothing = whole.look((0,) * len(units))
     assert float(nothing[0]) == pytest.approx(0.0, abs=1e-9)
     assert nothing[1].tolist() == pytest.approx([0.0, 0.0], abs=1e-6)
@@ -431,7 +434,7 @@ def test_whole_texts_are_read_with_the_choice_and_compared_with_the_dense_model(
     assert not is_converted(model)
     assign(model, {unit: candidates[index] for unit, index in zip(units, chosen, strict=True)})
     expected = loss_of(logits_of(model, own), own, dense.logits)
-    answers = loss_of(logits_of(model, other), other.since(other.start), other_dense.logits)
+    answers = loss_of(logits_of(model, other), other.since(other.start), other_dense.logits[0])
     assign(model, {})
     assert float(total) == pytest.approx(expected.divergence, rel=1e-5)
     dense_recall = loss_of(dense.logits, own, dense.logits).recall, float(whole.dense[1])
@@ -446,8 +449,37 @@ def test_whole_texts_are_read_with_the_choice_and_compared_with_the_dense_model(
     values = one_hot(torch.tensor(chosen), 3).float()
     with gated(model, units, candidates, 700) as gates:
         steep = divergence_gradient(model, gates, values, [(own, dense)], pasts[:1])
-        losses, recall = Recall(model, [own, other], pasts).gradients(gates, values)
+        losses, recall = Recall(model, [[own], [other]], pasts).gradients(gates, values)
     torch.testing.assert_close(slope, steep)
     torch.testing.assert_close(slopes, recall)
     torch.testing.assert_close((losses - whole.dense).float(), lost_answers, atol=1e-5, rtol=1e-4)
     assert float(recall.abs().max()) > 1e-6
+
+
+@pytest.mark.parametrize("at_once", [100, 1000, 10_000])
+def test_texts_that_are_read_at_once_are_of_the_same_length_and_few(
+    monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr(probes, "AT_ONCE", at_once)
+    found = make_asked(TOKENIZER, 600, 3)
+    for batch in found:
+        assert {(len(own.ids), own.start) for own in batch} == {(len(batch[0].ids), batch[0].start)}
+        assert len(batch) == 1 or len(batch) * len(batch[0].ids) <= at_once
+    assert len(found) == {100: len(HIDDEN), 1000: 2 + 3 + 1, 10_000: 3}[at_once]
+    assert len({own.ids for batch in found for own in batch}) == len(HIDDEN)
+
+
+@with_gates
+def test_texts_of_a_batch_lose_and_change_what_each_does_alone(variant: str) -> None:
+    model = model_of(variant, None)
+    batch = [probe(), probe(seed=1), probe(seed=2)]
+    units, candidates = units_of(model, by_head=False), [DENSE, SHORT]
+    values = torch.full((len(units), 2), 0.5)
+    values[0] = torch.tensor([0.0, 1.0])
+    together, alone = Recall(model, [batch]), Recall(model, [[own] for own in batch])
+    with gated(model, units, candidates, LENGTH) as gates:
+        torch.testing.assert_close(together.losses(gates, values), alone.losses(gates, values), atol=1e-5, rtol=1e-5)
+        found, expected = (recall.gradients(gates, values) for recall in (together, alone))
+    for own, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(found[1][0], found[1][1])

@@ -32,24 +32,24 @@ class Gated(Mechanism):
     def __init__(self, config: MechanismConfig, geometry: HeadGeometry, parts: Sequence[Mechanism]) -> None:
         super().__init__(config, geometry)
         self.parts = nn.ModuleList(parts)
-        self.gates: torch.Tensor | None = None  # [G or 1, C]
+        self.gates: torch.Tensor | None = None  # [G or 1, C], or [B, G or 1, C]
 
     def attend(
         self, state: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, Any]:
         assert self.gates is not None
-        gates = self.gates.to(query).repeat_interleave(query.shape[1] // self.gates.shape[0], dim=0)
+        gates = self.gates.to(query).repeat_interleave(query.shape[1] // self.gates.shape[-2], dim=-2)
         total, states, has_gradient = query.new_zeros(()), [], torch.is_grad_enabled()
         for index, part in enumerate(self._parts()):
             before = None if state is None else state[index]
-            is_open = bool(self.gates[:, index].any())
+            is_open = bool(self.gates[..., index].any())
             if not (is_open or has_gradient):
                 states.append(part.advance(before, query, key, value, call) if call.keep_state else before)
                 continue
             # Through a shut one nothing flows back but its gates.
             with torch.set_grad_enabled(has_gradient and is_open):
                 output, own = part.attend(before, query, key, value, call)
-            total = total + gates[:, index, None, None] * output
+            total = total + gates[..., index, None, None] * output
             states.append(own)
         return total, states
 
@@ -87,9 +87,9 @@ class Gates:
         self.layers = layers
 
     def set(self, gates: torch.Tensor) -> None:
-        """Let the layers attend as `gates` `[units, C]` say."""
+        """Let the layers attend as `gates` say, `[units, C]`, or `[B, units, C]` for each text of a batch."""
         for index, layer in self.layers.items():
-            layer.gates = gates[self.rows[index]]
+            layer.gates = gates[..., self.rows[index], :]
 
     @contextmanager
     def at(self, gates: torch.Tensor) -> Iterator[torch.Tensor]:

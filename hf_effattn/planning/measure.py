@@ -20,7 +20,7 @@ from ..plans.heads import Unit, of_layer
 from ..recovery.teacher import converted_layers, mechanism_of
 from ..targets import find_targets
 from .candidates import Candidate
-from .probes import Probe
+from .probes import Batch, Probe
 from .replay import Layers
 
 PIECE = 1024  # tokens whose logits are held in float32 at a time
@@ -42,11 +42,15 @@ def assign(model: PreTrainedModel, choice: Choice) -> None:
             convert_attention(model, config_from_dict(spec), layers=indices)
 
 
-@torch.inference_mode()
 def logits_of(model: PreTrainedModel, probe: Probe) -> torch.Tensor:
     """Return the logits of the model as it is on one calibration text, from `probe.first` on."""
-    ids = probe.ids[None, :-1].to(model.device)
-    return model(ids, use_cache=False, logits_to_keep=ids.shape[1] - probe.first).logits[0]
+    return _logits_of(model, [probe])[0]
+
+
+@torch.inference_mode()
+def _logits_of(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    ids = torch.stack([probe.ids[:-1] for probe in batch]).to(model.device)
+    return model(ids, use_cache=False, logits_to_keep=ids.shape[1] - batch[0].first).logits
 
 
 @torch.inference_mode()
@@ -69,12 +73,12 @@ def loss_of(logits: torch.Tensor, probe: Probe, dense: torch.Tensor) -> Loss:
 
 
 class Past(NamedTuple):
-    """What a model made of a calibration text.
+    """What a model made of a calibration text, or of a batch of texts.
 
     Args:
         cache: Of the tokens before the end, all keys and values of layers that can be converted; it must be copied
             before it is used. None where converted layers cannot take over what it holds: then all is computed.
-        logits: From `probe.first` on.
+        logits: From `probe.first` on, `[T, V]`, or `[B, T, V]` of a batch.
     """
 
     cache: DynamicCache | None
@@ -86,21 +90,27 @@ def takes_over(model: PreTrainedModel) -> bool:
     return all(mechanism_of(module).takes_over for module in converted_layers(model).values())
 
 
-@torch.inference_mode()
 def read(model: PreTrainedModel, probe: Probe, keeps_cache: bool = True) -> Past:
     """Let the model read a calibration text; without keeping the cache where no use is made of it."""
     if not keeps_cache:
         return Past(None, logits_of(model, probe))
+    past = read_batch(model, [probe])
+    return past._replace(logits=past.logits[0])
+
+
+@torch.inference_mode()
+def read_batch(model: PreTrainedModel, batch: Batch) -> Past:
+    """Let the model read texts at once."""
     cache = DynamicCache(config=model.config)
-    ids = probe.ids[None, :-1].to(model.device)
-    before = probe.start - probe.first
+    ids = torch.stack([probe.ids[:-1] for probe in batch]).to(model.device)
+    start, before = batch[0].start, batch[0].start - batch[0].first
     with _keys_kept(model) as found:
-        output = model(ids[:, : probe.start], **with_cache(model, cache), logits_to_keep=max(before, 1))
-    logits = output.logits[0, :before]
+        output = model(ids[:, :start], **with_cache(model, cache), logits_to_keep=max(before, 1))
+    logits = output.logits[:, :before]
     kept = copy.deepcopy(cache, {id(cache.layers[index]): layer for index, layer in found.items()})
     if not _can_be_taken_over(model, kept):
-        return Past(None, logits_of(model, probe))
-    return Past(kept, torch.cat((logits, model(ids[:, probe.start :], **with_cache(model, cache)).logits[0])))
+        return Past(None, _logits_of(model, batch))
+    return Past(kept, torch.cat((logits, model(ids[:, start:], **with_cache(model, cache)).logits), dim=1))
 
 
 @contextmanager

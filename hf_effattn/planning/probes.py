@@ -34,6 +34,7 @@ HIDDEN = (  # things of which numbers are not expected, lengths of texts in cont
     ("old coin", 0.25, 0.95),
 )
 DIGITS = 5
+AT_ONCE = 8192  # tokens of texts that are read at once, if they are not of one text
 NEARBY = 64  # tokens among which a place between sentences or lines is looked for
 NEEDLE = " The secret number of the {key} is {value}. Remember it."
 QUESTION = "\n\nWhat is the secret number of the {key}? The secret number of the {key} is"
@@ -83,6 +84,9 @@ class Probe(NamedTuple):
         return Probe(self.ids[token:], self.is_text[token:], self.is_answer[token:], max(self.start - token, 0))
 
 
+Batch = Sequence[Probe]  # texts of the same length and start that are read at once, of nothing but answers
+
+
 def make_probes(
     documents: str | Path | Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
@@ -128,7 +132,7 @@ def make_probes(
     return found
 
 
-def make_asked(tokenizer: PreTrainedTokenizerBase, context_length: int, seed: int) -> list[Probe]:
+def make_asked(tokenizer: PreTrainedTokenizerBase, context_length: int, seed: int) -> list[Batch]:
     """Return texts of `context_length` + 1 tokens, a half or a quarter of them, of nothing but a few sentences over and
     over, with one thing hidden in each, that is asked for so that a model which has not found it says anything but a
     number."""
@@ -140,6 +144,19 @@ def make_asked(tokenizer: PreTrainedTokenizerBase, context_length: int, seed: in
         room = max(int(share * context_length) + 1 - len(first) - sum(map(len, (needle, *rest))), len(noise))
         text = (noise * (room // len(noise) + 1))[:room]
         found.append(_assembled(tokenizer, first, text, {depth: needle}, rest, 0))
+    return _batches(found)
+
+
+def _batches(probes: Sequence[Probe]) -> list[Batch]:
+    """Return the texts with those of the same length together, the end of which begins where the longest end does."""
+    alike: dict[int, list[Probe]] = {}
+    for probe in probes:
+        alike.setdefault(len(probe.ids), []).append(probe)
+    found: list[Batch] = []
+    for length, own in alike.items():
+        start, number = min(probe.start for probe in own), max(AT_ONCE // length, 1)
+        own = [probe._replace(start=start) for probe in own]
+        found += [own[index : index + number] for index in range(0, len(own), number)]
     return found
 
 

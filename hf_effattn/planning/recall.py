@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 
 from ..cache import with_cache
 from .gates import Gates
-from .measure import Past, read
-from .probes import Probe
+from .measure import Past, read_batch
+from .probes import Batch
 
 
 class Recall:
@@ -21,33 +21,39 @@ class Recall:
 
     Args:
         model: A dense model.
-        probes: Texts with answers.
-        pasts: What was made of each; None to let the dense model read them.
+        batches: Texts with answers.
+        pasts: What was made of each batch; None to let the dense model read them.
     """
 
-    def __init__(self, model: PreTrainedModel, probes: Sequence[Probe], pasts: Sequence[Past] | None = None) -> None:
-        self.model, self.probes = model, probes
-        self.pasts = pasts or [read(model, probe) for probe in tqdm(probes, desc="recall", unit="text")]
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch], pasts: Sequence[Past] | None = None) -> None:
+        self.model, self.batches = model, batches
+        self.pasts = pasts or [read_batch(model, batch) for batch in tqdm(batches, desc="recall", unit="batch")]
 
     def losses(self, gates: Gates, values: torch.Tensor) -> torch.Tensor:
         """Return the nats that an answer's token loses in each text, where layers attend as `values` say."""
         with torch.no_grad():
             gates.set(values)
-            return torch.stack([self._loss(index) for index in range(len(self.probes))]).cpu()
+            return torch.cat([self._losses(index) for index in range(len(self.batches))]).cpu()
 
     def gradients(self, gates: Gates, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return what `losses` does, and the gradient of each in the gates `[texts, units, candidates]`."""
         losses, slopes = [], []
-        for index in range(len(self.probes)):
-            with gates.at(values) as leaf:
-                loss = self._loss(index)
-            slopes.append(torch.autograd.grad(loss, leaf)[0])
-            losses.append(loss.detach().cpu())
-        return torch.stack(losses), torch.stack(slopes)
+        for index, batch in enumerate(self.batches):
+            with gates.at(values.expand(len(batch), -1, -1)) as leaf:
+                own = self._losses(index)
+            slopes.append(torch.autograd.grad(own.sum(), leaf)[0])
+            losses.append(own.detach().cpu())
+        return torch.cat(losses), torch.cat(slopes)
 
-    def _loss(self, index: int) -> torch.Tensor:
-        probe, past = self.probes[index], self.pasts[index]
-        end, ids = probe.since(probe.start), probe.ids[None, probe.start : -1].to(self.model.device)
-        logits = self.model(ids, **with_cache(self.model, copy.deepcopy(past.cache))).logits[0]
+    def _losses(self, index: int) -> torch.Tensor:
+        """Return the loss of each text of a batch."""
+        ends, past = [probe.since(probe.start) for probe in self.batches[index]], self.pasts[index]
+        ids = torch.stack([end.ids[:-1] for end in ends]).to(self.model.device)
+        logits = self.model(ids, **with_cache(self.model, copy.deepcopy(past.cache))).logits
         wide = torch.promote_types(logits.dtype, torch.float32)
-        return cross_entropy(logits[end.is_answer].to(wide), end.ids[1:][end.is_answer].to(logits.device))
+        return torch.stack(
+            [
+                cross_entropy(own[end.is_answer].to(wide), end.ids[1:][end.is_answer].to(own.device))
+                for own, end in zip(logits, ends, strict=True)
+            ]
+        )

@@ -25,7 +25,7 @@ from .gates import can_be_gated
 from .journal import Journal, identity_of
 from .measurements import Measurements
 from .prices import priced
-from .probes import Probe, make_asked, make_probes
+from .probes import Batch, make_asked, make_probes
 from .together import choose_together
 
 logger = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ def plan(
     try:
         with torch.inference_mode(False):  # the search has gradients
             probes = make_probes(documents, tokenizer, context_length, number, seed, measured)
-            asked = [probe.questions for probe in probes]
+            asked: list[Batch] = [[probe.questions] for probe in probes]
             asked += make_asked(tokenizer, context_length, seed) if recall_weight else []
             journal = Journal() if out is None else Journal(Path(out), identity_of(model, probes))
             own = Measurements(model, units, found, probes, journal)
@@ -126,7 +126,7 @@ def plan(
 
 def _search(
     own: Measurements,
-    asked: list[Probe],
+    asked: list[Batch],
     wanted: str | int | Budget,
     rounds: int,
     recall_weight: float,

@@ -18,7 +18,7 @@ from .gates import gated
 from .journal import Journal, fingerprint
 from .measure import logits_of, loss_of
 from .parts import Text, divergence
-from .probes import Probe
+from .probes import Batch
 from .recall import Recall
 from .refine import refine
 from .weighing import Weighing
@@ -33,7 +33,7 @@ def choose_together(
     candidates: Sequence[Candidate],
     found: Plan,
     texts: Sequence[Text],
-    asked: Sequence[Probe],
+    asked: Sequence[Batch],
     rounds: int,
     journal: Journal,
     first: Plan | None = None,
@@ -47,18 +47,19 @@ def choose_together(
         candidates: Those of `found`, in its order; all can be gated.
         found: A plan whose costs are divergences of single changes.
         texts: Calibration texts, with what the dense model made of each.
-        asked: Texts with answers; first those of `texts`.
+        asked: Texts with answers; first those of `texts`, one by one.
         rounds: Of either.
         journal: Of what choices, and gates between them, make of the texts.
         first: What is made better, if there is something already; it keeps the budget.
     """
-    names, weighing = [candidate.name for candidate in candidates], Weighing(asked, len(texts), found.recall_weight)
+    names, probes = [candidate.name for candidate in candidates], [probe for batch in asked for probe in batch]
+    weighing = Weighing(probes, len(texts), found.recall_weight)
     changed = [name for name in names if name != DENSE]
     costs, prices = (
         torch.tensor([[getattr(row, field)[name] for name in names] for row in found.layers], dtype=torch.float64)
         for field in ("costs", "prices")
     )
-    setting = fingerprint(*map(str, units), *names, *(probe.ids for probe in asked))
+    setting = fingerprint(*map(str, units), *names, *(probe.ids for probe in probes))
 
     def known(kind: str, at: torch.Tensor, make: Callable[[], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
         return journal.tensors(f"{kind}, {setting}, {fingerprint(at)}", make)

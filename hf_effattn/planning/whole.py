@@ -13,8 +13,9 @@ from ..plans import Loss
 from ..plans.heads import Unit
 from .candidates import Candidate
 from .gates import gated
-from .measure import Past, assign, loss_of, read
+from .measure import Past, assign, loss_of, read_batch
 from .parts import Text, divergence_gradient
+from .probes import Batch
 from .recall import Recall
 
 
@@ -27,7 +28,7 @@ class Whole:
         candidates: All can be gated.
         length: Of the texts, at most.
         texts: Calibration texts, with what the dense model made of each.
-        others: Texts with nothing but answers, likewise.
+        others: Batches of texts with nothing but answers, likewise.
     """
 
     def __init__(
@@ -37,12 +38,15 @@ class Whole:
         candidates: Sequence[Candidate],
         length: int,
         texts: Sequence[Text],
-        others: Sequence[Text],
+        others: Sequence[tuple[Batch, Past]],
     ) -> None:
         self.model, self.units, self.candidates, self.length = model, units, candidates, length
-        self.texts, self.probes = texts, [probe for probe, _ in (*texts, *others)]
-        self.logits = [past.logits for _, past in (*texts, *others)]
-        self.dense = torch.tensor([self._loss(index, own).recall for index, own in enumerate(self.logits)])
+        self.texts = texts
+        self.batches: list[Batch] = [*([probe] for probe, _ in texts), *(batch for batch, _ in others)]
+        self.logits = [*(past.logits[None] for _, past in texts), *(past.logits for _, past in others)]
+        self.dense = torch.tensor(
+            [loss.recall for index, own in enumerate(self.logits) for loss in self._losses(index, own)]
+        )
         self._read: tuple[tuple[int, ...], list[Past]] | None = None
 
     def look(self, choice: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -51,9 +55,9 @@ class Whole:
         text."""
         assign(self.model, {unit: self.candidates[index] for unit, index in zip(self.units, choice, strict=True)})
         losses, pasts, self._read = [], [], None
-        for index, probe in enumerate(self.probes):
-            past = read(self.model, probe)
-            losses.append(self._loss(index, past.logits))
+        for index, batch in enumerate(self.batches):
+            past = read_batch(self.model, batch)
+            losses += self._losses(index, past.logits)
             pasts.append(past._replace(logits=past.logits[:0].clone()))  # much memory
         revert_attention(self.model)
         self._read = choice, pasts
@@ -67,11 +71,12 @@ class Whole:
             self.look(choice)
         assert self._read is not None
         values, pasts = one_hot(torch.tensor(choice), len(self.candidates)).float(), self._read[1]
-        recall = Recall(self.model, self.probes, pasts)
+        recall = Recall(self.model, self.batches, pasts)
         with gated(self.model, self.units, self.candidates, self.length) as gates:
             slope = divergence_gradient(self.model, gates, values, self.texts, pasts[: len(self.texts)])
             return slope, recall.gradients(gates, values)[1]
 
-    def _loss(self, index: int, logits: torch.Tensor) -> Loss:
-        probe = self.probes[index]
-        return loss_of(logits, probe.since(probe.first), self.logits[index])
+    def _losses(self, index: int, logits: torch.Tensor) -> list[Loss]:
+        """Return what each text of a batch loses."""
+        own = zip(self.batches[index], logits, self.logits[index], strict=True)
+        return [loss_of(found, probe.since(probe.first), dense) for probe, found, dense in own]
