@@ -1,13 +1,11 @@
-"""What test_distributed.py runs in other processes. `python distributed_worker.py JOB FOLDER`: see `JOBS`.
+"""What test_distributed.py runs in other processes.
 
 Each case of a job becomes FOLDER/<name>.pt: losses of all steps, gradients of the first, parameters after the last.
 """
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -210,17 +208,19 @@ def long_run(model: str, case: Case, folder: Path) -> Trainer:
 
 
 class Announce(TrainerCallback):
-    """Tells when step `STOP_AT` is done, and goes no further."""
+    """Waits when step `STOP_AT` is done."""
+
+    def __init__(self, wait: Callable[[], None]) -> None:
+        self.wait = wait
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == STOP_AT:
-            print("waiting to be killed", flush=True)  # noqa: T201
-            sys.stdin.read()
+            self.wait()
 
 
-def interrupted_job(model: str, name: str, folder: Path) -> None:
+def interrupted_job(model: str, name: str, folder: Path, wait: Callable[[], None]) -> None:
     run = long_run(model, next(case for case in DEFAULTS if case.name == name), folder)
-    run.add_callback(Announce())
+    run.add_callback(Announce(wait))
     run.train()
 
 
@@ -235,23 +235,11 @@ def write(folder: Path, name: str, outcome: Outcome) -> None:
         torch.save(outcome, folder / f"{name}.pt")
 
 
-JOBS = {
-    "torch": torch_job,
-    "uneven": uneven_job,
-    "accelerate": accelerate_job,
-    "trainer": trainer_job,
-    "interrupted": interrupted_job,
-    "resumed": resumed_job,
-}
+JOBS = {"torch": torch_job, "uneven": uneven_job, "accelerate": accelerate_job, "trainer": trainer_job}
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    job, *arguments, target = sys.argv[1:]
-    JOBS[job](*arguments, Path(target))
+
+def in_one_of_many(job: str, *arguments: Any) -> None:
+    """Do a job in a process that knows of others."""
+    JOBS[job](*arguments)
     if dist.is_initialized():
         dist.destroy_process_group()
-        # Threads of gloo outlive their group and may let go of tensors while the interpreter is taken down, which
-        # aborts (pytorch/pytorch#179291): what a job has to say is written by now.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)

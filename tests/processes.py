@@ -1,21 +1,73 @@
-"""Python processes of tests, alone or as ranks of one job."""
+"""Processes of tests, alone or as ranks of one job. All are forked from one that has imported what takes seconds."""
 
 from __future__ import annotations
 
+import faulthandler
+import multiprocessing
 import os
+import signal
 import socket
-import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
+import torch
+
 TIMEOUT = 150
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["accelerate", "peft", "distributed_worker"])
 
 
-def start(script: str, *arguments: str, **options: Any) -> subprocess.Popen[str]:
-    """Start a Python script with one thread and without the Hub."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **options.pop("env", {})}
-    return subprocess.Popen([sys.executable, script, *arguments], env=env, stdout=subprocess.PIPE, text=True, **options)
+def start(job: Callable[..., None], *arguments: Any, env: dict[str, str], log: Path) -> BaseProcess:
+    """Start a process that does a job with one thread.
+
+    Args:
+        job: A function of a module; the arguments are pickled.
+        env: What its environment has besides ours.
+        log: Where it writes what it prints.
+    """
+    process = CONTEXT.Process(target=_work, args=(job, arguments, env, log), daemon=True)
+    process.start()
+    return process
+
+
+def _work(job: Callable[..., None], arguments: tuple[Any, ...], env: dict[str, str], log: Path) -> None:
+    with log.open("w") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(TIMEOUT - 10)
+    job(*arguments)
+
+
+def until_it_waits(job: Callable[..., None], *arguments: Any, env: dict[str, str], log: Path) -> BaseProcess:
+    """Start a process, the last argument of whose job is a function that tells us that it waits, and does so; return it
+    then."""
+    reader, writer = CONTEXT.Pipe(duplex=False)
+    process = start(job, *arguments, Waiting(writer), env=env, log=log)
+    writer.close()  # ours, so that we see the end of theirs
+    try:
+        assert reader.poll(TIMEOUT), log.read_text()
+        reader.recv()
+    except EOFError:
+        raise AssertionError(log.read_text()) from None
+    return process
+
+
+class Waiting:
+    """Tells that it waits, and goes no further."""
+
+    def __init__(self, writer: Any) -> None:
+        self.writer = writer
+
+    def __call__(self) -> None:
+        self.writer.send(True)
+        while True:
+            signal.pause()
 
 
 def ranks(number: int) -> list[dict[str, str]]:
@@ -32,13 +84,17 @@ def ranks(number: int) -> list[dict[str, str]]:
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
 
 
-def return_codes(processes: Iterable[subprocess.Popen[str]]) -> list[int]:
-    """Wait for processes; if one takes too long, all are ended."""
+def exit_codes(processes: Iterable[BaseProcess]) -> list[int | None]:
+    """Wait for processes; if one fails or takes too long, all are ended."""
     processes = list(processes)
+    running = {process.sentinel: process for process in processes}
     try:
-        for process in processes:
-            process.communicate(timeout=TIMEOUT)
+        while running:
+            done = [running.pop(sentinel) for sentinel in wait(list(running), TIMEOUT)]
+            if not done or any(process.exitcode for process in done):
+                break
     finally:
         for process in processes:
             process.kill()
-    return [process.returncode for process in processes]
+            process.join()
+    return [process.exitcode for process in processes]

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +19,14 @@ pytestmark = pytest.mark.slow
 every_case = pytest.mark.parametrize(("model", "case"), worker.CASES, ids=[f"{m}-{c}" for m, c in worker.CASES])
 
 
-def start(job: Sequence[str], folder: Path, **options: Any) -> subprocess.Popen[str]:
-    return processes.start(worker.__file__, *job, str(folder), **options)
-
-
 def in_processes(job: Sequence[str], folder: Path) -> Path:
     """Run a job in processes that know of each other; if one fails, the others are ended."""
     logs = [folder / f"rank{rank}.log" for rank in range(worker.NUM_PROCESSES)]
-    with ExitStack() as stack:
-        files = [stack.enter_context(log.open("w")) for log in logs]
-        environments = processes.ranks(worker.NUM_PROCESSES)
-        started = [start(job, folder, env=env, stderr=log) for env, log in zip(environments, files, strict=True)]
-        codes = processes.return_codes(started)
+    environments = processes.ranks(worker.NUM_PROCESSES)
+    codes = processes.exit_codes(
+        processes.start(worker.in_one_of_many, *job, folder, env=env, log=log)
+        for env, log in zip(environments, logs, strict=True)
+    )
     told = "\n".join(f"{log.name}: {log.read_text()[-3000:]}" for log in logs)
     assert codes == [0] * len(logs), told
     return folder
@@ -41,16 +35,16 @@ def in_processes(job: Sequence[str], folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """What jobs wrote, each run once."""
-    done: dict[tuple[str, ...], Path | BaseException] = {}
+    done: dict[tuple[str, ...], Path | AssertionError] = {}
 
     def run(*job: str) -> Path:
         if job not in done:
             try:
                 done[job] = in_processes(job, tmp_path_factory.mktemp("-".join(job)))
-            except (AssertionError, subprocess.TimeoutExpired) as error:
+            except AssertionError as error:
                 done[job] = error
         result = done[job]
-        if isinstance(result, BaseException):
+        if isinstance(result, AssertionError):
             raise result
         return result
 
@@ -123,14 +117,13 @@ def test_a_run_that_is_killed_resumes_on_the_same_loss_curve(model: str, case: C
     whole = worker.long_run(model, case, tmp_path / "whole")
     whole.train()
     folder = tmp_path / "killed"
-    with start(["interrupted", model, case.name], folder, stdin=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        told = next((line for line in process.stdout if "waiting" in line), None)
-        process.kill()
-    assert told is not None
-    assert process.returncode == -signal.SIGKILL
+    options: dict[str, Any] = {"env": {}, "log": tmp_path / "log"}
+    process = processes.until_it_waits(worker.interrupted_job, model, case.name, folder, **options)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-5"]  # steps 6 and 7 are lost
-    assert processes.return_codes([start(["resumed", model, case.name], folder)]) == [0]
+    assert processes.exit_codes([processes.start(worker.resumed_job, model, case.name, folder, **options)]) == [0]
     resumed = torch.load(folder / "resumed.pt")
     assert resumed["losses"] == pytest.approx(worker.losses_of(whole), rel=1e-6)
     for name, parameter in whole.model.named_parameters():

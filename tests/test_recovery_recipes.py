@@ -1,15 +1,12 @@
-"""The training recipes: a killed run goes on as if it had not been; processes agree.
-
-`python test_recovery_recipes.py FOLDER CHANGES` (of the config, as JSON) runs recipes/distill.py on a tiny model.
-"""
+"""The training recipes: a killed run goes on as if it had not been; processes agree."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import signal
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +71,13 @@ def always_fsdp2() -> None:
     Accelerator.__init__ = sharding
 
 
-def work(job: str, folder: str, changes: dict[str, Any]) -> None:
-    """What other processes do: a job, for `processes.start`."""
-    torch.set_num_threads(1)
+def work(job: str, folder: Path, changes: dict[str, Any], waits: Callable[[], None] | None = None) -> None:
+    """What other processes do: train on a tiny model.
+
+    Args:
+        changes: Of the config, but `leave`, a step of which the process ends, and `fsdp2`.
+        waits: What is done at a step `stop`.
+    """
     sys.path.insert(0, str(RECIPES))
     import settings
 
@@ -86,10 +87,11 @@ def work(job: str, folder: str, changes: dict[str, Any]) -> None:
 
     def wait(step: int) -> None:
         if step == stop:
-            print("waiting to be killed", flush=True)  # noqa: T201
-            sys.stdin.read()
+            assert waits is not None
+            waits()
         if step == leave:
             if torch.distributed.is_initialized():
+                torch.distributed.barrier()  # one has what they meet at
                 torch.distributed.destroy_process_group()
             sys.exit()
 
@@ -104,7 +106,7 @@ def work(job: str, folder: str, changes: dict[str, Any]) -> None:
                 super().validate(step)
 
         distill.Distillation = Watched  # type: ignore[misc]
-        distill.run(settings.DistillConfig(**{**SMALL, "out": folder, **changes}), load, wait)
+        distill.run(settings.DistillConfig(**{**SMALL, "out": str(folder), **changes}), load, wait)
     else:
         import finetune
         from transformers import TrainerCallback
@@ -113,13 +115,8 @@ def work(job: str, folder: str, changes: dict[str, Any]) -> None:
             def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
                 assert_sharded(model, bool(fsdp2))
 
-        finetune.run(settings.FinetuneConfig(**{**TUNING, "out": folder, **changes}), load, [Look()])
+        finetune.run(settings.FinetuneConfig(**{**TUNING, "out": str(folder), **changes}), load, [Look()])
     assert not torch.distributed.is_initialized()  # else the process may abort when it ends
-
-
-if __name__ == "__main__":
-    work(*sys.argv[1:3], json.loads(sys.argv[3]))
-    sys.exit()
 
 
 def distill(recipes: Any, folder: Path, after_step: Any = lambda step: None, **changes: Any) -> Path:
@@ -298,27 +295,27 @@ def test_finetuning_goes_on_after_a_kill(recipes: Any, tmp_path: Path, kind: str
     assert adapter(tmp_path / "killed") == adapter(whole.parent)
 
 
-def start(job: str, folder: Path, changes: dict[str, Any], **options: Any) -> subprocess.Popen[str]:
-    return processes.start(__file__, job, str(folder), json.dumps(changes), **options)
-
-
 def in_two(job: str, folder: Path, **changes: Any) -> None:
-    ranks = [{"ACCELERATE_USE_CPU": "1", **env} for env in processes.ranks(2)]
-    assert processes.return_codes([start(job, folder, changes, env=env) for env in ranks]) == [0, 0]
+    logs = [folder.with_name(f"{folder.name}{rank}.log") for rank in range(2)]
+    started = [
+        processes.start(work, job, folder, changes, env={"ACCELERATE_USE_CPU": "1", **env}, log=log)
+        for env, log in zip(processes.ranks(2), logs, strict=True)
+    ]
+    assert processes.exit_codes(started) == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [2, 5])
 def test_sigkill_is_survived(tmp_path: Path, at: int) -> None:
-    assert processes.return_codes([start("distill", tmp_path / "whole", {})]) == [0]  # a fresh process, as the others
-    with start("distill", tmp_path / "killed", {"stop": at}, stdin=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        told = next((line for line in process.stdout if "waiting" in line), None)
-        process.kill()
-    assert told is not None
-    assert process.returncode == -signal.SIGKILL
-    assert processes.return_codes([start("distill", tmp_path / "killed", {})]) == [0]
-    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    options: dict[str, Any] = {"env": {}, "log": tmp_path / "log"}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert processes.exit_codes([processes.start(work, "distill", whole, {}, **options)]) == [0]  # as the others are
+    process = processes.until_it_waits(work, "distill", killed, {"stop": at}, **options)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert processes.exit_codes([processes.start(work, "distill", killed, {}, **options)]) == [0]
+    assert lines(killed) == lines(whole)
 
 
 @pytest.mark.slow
