@@ -154,9 +154,9 @@ MODELS: dict[str, dict[str, Any]] = {
 """The models of the whole matrix: shared key/value heads and rotary positions, and neither. `test_families` takes every
 family through the laws with the default cases."""
 
-PAIRS = [(model, case) for model in MODELS for case in (CASES if model == "llama-gqa" else ONE_CASE_EACH)]
-"""Backends get tensors and know nothing of models (`test_ops_*` compare them for all numbers of heads), so one model
-meets them all, and the others meet one backend of each mechanism."""
+PAIRS = [(model, case) for model in MODELS for case in (CASES if model == "llama-gqa" else ONE_STATE_EACH)]
+"""Backends and feature maps get tensors and know nothing of models (`test_ops_*` compare them for all numbers of
+heads), so one model meets them all, and the others meet what differs in caches."""
 
 
 def tiny_config(model: str, **changes: Any) -> Any:

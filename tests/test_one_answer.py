@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from matrix import (
     MODELS,
     OF_FOUR_HEADS,
+    ONE_STATE_EACH,
     PAIRS,
     Case,
     close,
@@ -26,6 +27,7 @@ from matrix import (
 from transformers import DynamicCache
 
 everywhere = pytest.mark.parametrize(("model", "case"), PAIRS, ids=str)
+every_state = pytest.mark.parametrize("case", ONE_STATE_EACH, ids=str)
 on_every_model = pytest.mark.parametrize("model", MODELS)
 
 lengths = st.integers(1, 40)
@@ -85,7 +87,8 @@ def test_left_padded_rows_are_themselves(model: str, case: Case, sizes: list[int
         close(chunked[index, -len(row) :], alone)
 
 
-@everywhere
+@every_state
+@on_every_model
 @given(
     first=st.lists(st.integers(1, 9), min_size=2, max_size=2),
     second=st.lists(st.integers(1, 9), min_size=2, max_size=2),
@@ -135,7 +138,8 @@ def test_packed_documents_do_not_see_each_other(model: str, case: Case, sizes: l
             start += size
 
 
-@everywhere
+@every_state
+@on_every_model
 @given(length=st.integers(2, 30), order=st.permutations([0, 1, 2]))
 def test_beams_can_be_reordered(model: str, case: Case, length: int, order: list[int]) -> None:
     net, ids, more = converted_model(model, case), tokens(3, length), tokens(3, 3, seed=1)
@@ -146,7 +150,8 @@ def test_beams_can_be_reordered(model: str, case: Case, length: int, order: list
     close(after, forward(net, torch.cat((ids[order], more), dim=1), use_cache=False)[:, length:])
 
 
-@everywhere
+@every_state
+@on_every_model
 @given(prompt=st.integers(1, 20), draft=st.integers(1, 8), rejected=st.integers(0, 8), split=st.booleans())
 def test_rolled_back_tokens_were_never_there(
     model: str, case: Case, prompt: int, draft: int, rejected: int, split: bool

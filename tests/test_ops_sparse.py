@@ -46,7 +46,7 @@ def inputs(batch: int, kv_heads: int, groups: int, length: int, past: int = 0, *
 
 
 @pytest.mark.parametrize(("name", "backend"), FAST)
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(
     batch=st.integers(1, 3),
     kv_heads=st.integers(1, 2),

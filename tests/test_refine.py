@@ -106,7 +106,7 @@ def test_what_is_expected_goes_by_all_choices_before(told: float, near: float, f
 def test_noise_of_what_is_told_is_not_expected_again() -> None:
     """Steps that change nothing of what is told, each of which is told to be one off, more or less."""
     chance = torch.Generator().manual_seed(0)
-    slope = torch.tensor([[0.0, -1.0 - unit / 64] for unit in range(64)])
+    slope = torch.tensor([[0.0, -1.0 - unit / 32] for unit in range(32)])
     errors = []
     for _ in range(50):
         tells = 9.0 + 2.0 * torch.randint(0, 2, (5,), generator=chance)
@@ -115,11 +115,11 @@ def test_noise_of_what_is_told_is_not_expected_again() -> None:
             return torch.stack((slope, torch.zeros_like(slope)))
 
         def look(choice: tuple[int, ...], tells: torch.Tensor = tells) -> tuple[float, float]:
-            return 64.0 - sum(choice), float(tells[sum(choice) // 8])
+            return 32.0 - sum(choice), float(tells[sum(choice) // 4])
 
-        nothing = torch.zeros(64, 2)
-        found = refine((0,) * 64, nothing, nothing, 1.0, look, gradient, 4)
-        assert sum(found.choice) == 32
+        nothing = torch.zeros(32, 2)
+        found = refine((0,) * 32, nothing, nothing, 1.0, look, gradient, 4)
+        assert sum(found.choice) == 16
         errors.append(found.expected - 10.0)
     assert torch.tensor(errors).square().mean() < 0.5, "of the last choice before by itself: 1"
 

@@ -55,13 +55,13 @@ def perplexity(model: Any, ids: torch.Tensor) -> float:
 
 @torch.inference_mode()
 def test_a_window_longer_than_the_text_gives_the_dense_logits(smollm2: Any, prose: torch.Tensor) -> None:
-    ids = prose[:, :600]
+    ids = prose[:, :400]
     dense = smollm2(ids, use_cache=False).logits
     for options in ({"mechanism": "sparse"}, {"mechanism": "linear"}):
-        smollm2.convert_attention(**options, window=1024, num_sinks=4)
+        smollm2.convert_attention(**options, window=512, num_sinks=4)
         assert (smollm2(ids, use_cache=False).logits - dense).abs().max() <= 1e-4
         cache = DynamicCache(config=smollm2.config)
-        parts = [smollm2(ids[:, a:b], **through(cache)).logits for a, b in ((0, 500), (500, 501), (501, 600))]
+        parts = [smollm2(ids[:, a:b], **through(cache)).logits for a, b in ((0, 350), (350, 351), (351, 400))]
         assert (torch.cat(parts, dim=1) - dense).abs().max() <= 1e-3  # cached and uncached dense differ as much
     smollm2.revert_attention()
     assert torch.equal(smollm2(ids, use_cache=False).logits, dense)
@@ -75,10 +75,11 @@ def test_streaming_keeps_the_perplexity_of_prose(smollm2: Any, prose: torch.Tens
 
 def test_an_untrained_linear_conversion_is_no_worse_than_its_window(smollm2: Any, prose: torch.Tensor) -> None:
     """The linear part starts nearly closed, so that conversion costs what losing the far keys costs, and no more."""
+    ids = prose[:, :1024]
     smollm2.convert_attention("sparse", window=64, num_sinks=4)
-    window = perplexity(smollm2, prose)
+    window = perplexity(smollm2, ids)
     smollm2.convert_attention("linear", window=64, num_sinks=4)
-    assert perplexity(smollm2, prose) <= 1.02 * window
+    assert perplexity(smollm2, ids) <= 1.02 * window
 
 
 @every_mechanism
@@ -126,7 +127,7 @@ def test_perplexity_through_the_cache_is_the_parallel_one(
     if name != "dense":
         smollm2.convert_attention(**MECHANISMS[name] | ({"window": 64} if name == "streaming" else {}))
     subject = Subject(smollm2, loaded[1])
-    ids = prose[0, :300]
+    ids = prose[0, :160]
     parallel, cached = (each.double().mean().exp() for each in (subject.losses(ids), subject.losses_through_cache(ids)))
     torch.testing.assert_close(cached, parallel, atol=0.0, rtol=1e-4)
 
@@ -147,13 +148,12 @@ def test_it_finds_passkeys_which_a_window_has_lost(loaded: Any, smollm2: Any) ->
     subject = Subject(smollm2, loaded[1], batch_size=2)
     material = Material(subject.count_tokens, PROSE)
     task = TASKS.get("passkey")(material)
-    examples = task.examples(1024, 4)
-    assert [record["score"] for record in task.run(subject, examples, 1024)] == [1.0] * 4
+    examples = task.examples(1024, 2)
+    assert [record["score"] for record in task.run(subject, examples, 1024)] == [1.0, 1.0]
     smollm2.convert_attention("sparse", window=128, num_sinks=4)
-    for example, record in zip(examples, task.run(subject, examples, 1024), strict=True):
-        assert record["score"] == (example.details["depth"] > 0.9)
+    assert [record["score"] for record in task.run(subject, examples, 1024)] == [0.0, 0.0]
     smollm2.convert_attention("sparse", selector="quest", num_blocks=32)  # half of the blocks
-    assert [record["score"] for record in task.run(subject, examples, 1024)] == [1.0] * 4
+    assert [record["score"] for record in task.run(subject, examples, 1024)] == [1.0, 1.0]
 
 
 def test_half_of_the_blocks_hold_the_passkey(loaded: Any, smollm2: Any) -> None:
@@ -168,8 +168,8 @@ def test_half_of_the_blocks_hold_the_passkey(loaded: Any, smollm2: Any) -> None:
 
 def test_a_plan_keeps_recall_that_equal_windows_lose(loaded: Any) -> None:
     model, tokenizer = loaded
-    text, window = PROSE[:6000], "sparse:window=208,num_sinks=4"
-    options = {"context_length": 640, "tokenizer": tokenizer, "number": 1, "rounds": 2}
+    text, window = PROSE[:4000], "sparse:window=112,num_sinks=4"
+    options = {"context_length": 384, "tokenizer": tokenizer, "number": 1, "rounds": 2}
     plan = hf_effattn.plan(model, [text], "60%", candidates=[window], **options)
     assert plan.price <= plan.budget.limit
     assert {7, 18} <= {layer.index for layer in plan.layers if layer.choice == "dense"}  # which find what is far away
