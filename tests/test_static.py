@@ -10,6 +10,7 @@ import families
 import pytest
 import torch
 from matrix import (
+    DEFAULTS,
     MODELS,
     OF_FOUR_HEADS,
     Case,
@@ -96,8 +97,11 @@ def test_a_compiled_step_gives_the_same_tokens_from_one_graph(model: str, case: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layers", [[0], [1], None], ids=["first", "last", "default"])
-@pytest.mark.parametrize("case", OF_FOUR_HEADS, ids=str)
+@pytest.mark.parametrize(
+    ("case", "layers"),
+    [*((case, None) for case in OF_FOUR_HEADS), (DEFAULTS[0], [0]), (DEFAULTS[0], [1]), (OF_FOUR_HEADS[-1], [0])],
+    ids=str,
+)
 def test_softmax_layers_beside_converted_ones_compile_too(case: Case, layers: list[int] | None) -> None:
     net = with_native_windows(case)
     if layers:

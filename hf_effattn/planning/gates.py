@@ -22,7 +22,8 @@ from .candidates import Candidate
 class Gated(Mechanism):
     """Attention between candidates: `o_h = Σ_c g_hc o_hc`, with gates g of each key/value head. With one gate 1 and the
     others 0 it is that candidate. Gates of heads that see everything or little are those of DuoAttention (arXiv
-    2410.10819).
+    2410.10819). Nothing is computed of candidates that are shut where nobody wants gradients, so gates stay as they are
+    as long as a cache is in use.
 
     Args:
         config: Of the layer; it has no meaning here.
@@ -39,26 +40,34 @@ class Gated(Mechanism):
     ) -> tuple[torch.Tensor, Any]:
         assert self.gates is not None
         gates = self.gates.to(query).repeat_interleave(query.shape[1] // self.gates.shape[-2], dim=-2)
-        total, states, has_gradient = query.new_zeros(()), [], torch.is_grad_enabled()
-        for index, part in enumerate(self._parts()):
-            before = None if state is None else state[index]
-            is_open = bool(self.gates[..., index].any())
-            if not (is_open or has_gradient):
-                states.append(part.advance(before, query, key, value, call) if call.keep_state else before)
-                continue
+        total, states, has_gradient = query.new_zeros(()), self._states(state), torch.is_grad_enabled()
+        for index, part in self._computed():
             # Through a shut one nothing flows back but its gates.
-            with torch.set_grad_enabled(has_gradient and is_open):
-                output, own = part.attend(before, query, key, value, call)
+            with torch.set_grad_enabled(has_gradient and self._is_open(index)):
+                output, states[index] = part.attend(states[index], query, key, value, call)
             total = total + gates[..., index, None, None] * output
-            states.append(own)
         return total, states
 
     def advance(self, state: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call) -> Any:
-        own = [None] * len(self.parts) if state is None else state
-        return [part.advance(x, query, key, value, call) for part, x in zip(self._parts(), own, strict=True)]
+        states = self._states(state)
+        for index, part in self._computed():
+            states[index] = part.advance(states[index], query, key, value, call)
+        return states
 
     def describe(self) -> str:
         return "gated " + ", ".join(part.describe() for part in self._parts())
+
+    def _states(self, state: Any) -> list[Any]:
+        return [None] * len(self.parts) if state is None else list(state)
+
+    def _is_open(self, index: int) -> bool:
+        assert self.gates is not None
+        return bool(self.gates[..., index].any())
+
+    def _computed(self) -> list[tuple[int, Mechanism]]:
+        """The candidates that are open, or whose gates have gradients."""
+        has_gradient = torch.is_grad_enabled()
+        return [(i, part) for i, part in enumerate(self._parts()) if has_gradient or self._is_open(i)]
 
     def _parts(self) -> list[Mechanism]:
         return list(self.parts)  # type: ignore[arg-type]

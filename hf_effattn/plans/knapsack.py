@@ -28,14 +28,15 @@ def choose(costs: Sequence[Sequence[float]], prices: Sequence[Sequence[float]], 
     best = torch.zeros(STEPS + 1, dtype=torch.float64)  # least cost with at most so much spent
     chosen = []
     for layer_costs, layer_prices in zip(costs, prices, strict=True):
-        found = []
-        for cost, price in zip(layer_costs, layer_prices, strict=True):
+        least, index = torch.full_like(best, torch.inf), torch.zeros(STEPS + 1, dtype=torch.long)
+        for candidate, (cost, price) in enumerate(zip(layer_costs, layer_prices, strict=True)):
             spent = _steps(price, unit)
-            row = torch.full_like(best, torch.inf)
-            if spent <= STEPS:
-                row[spent:] = best[: STEPS + 1 - spent] + cost
-            found.append(row)
-        best, index = torch.stack(found).min(dim=0)
+            if spent > STEPS:
+                continue
+            own, before = best[: STEPS + 1 - spent] + cost, least[spent:]
+            index[spent:].masked_fill_(own < before, candidate)
+            torch.minimum(own, before, out=before)
+        best = least
         chosen.append(index)
     if not torch.isfinite(best[-1]):
         cheapest = [min(range(len(row)), key=row.__getitem__) for row in prices]
