@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import MODELS, OF_FOUR_HEADS, ONE_CASE_EACH, Case, through, tiny_model, tokens
+from matrix import DEFAULTS, MODELS, OF_FOUR_HEADS, ONE_CASE_EACH, Case, through, tiny_model, tokens
 from peft import LoraConfig, get_peft_model
 from training import student
 from transformers import DynamicCache, Trainer, TrainingArguments
@@ -107,7 +107,9 @@ def test_bfloat16_models_train(model: str, case: Case) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
-    ("model", "case"), [*(("llama-gqa", case) for case in OF_FOUR_HEADS), ("gpt2", OF_FOUR_HEADS[0])], ids=str
+    ("model", "case"),
+    [*(("llama-gqa", case) for case in OF_FOUR_HEADS if case.name != "streaming"), ("gpt2", DEFAULTS[2])],
+    ids=str,
 )
 def test_a_compiled_forward_gives_the_same_logits(model: str, case: Case) -> None:
     torch._dynamo.reset()
