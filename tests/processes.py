@@ -21,20 +21,20 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["accelerate", "peft", "distributed_worker"])
 
 
-def start(job: Callable[..., None], *arguments: Any, env: dict[str, str], log: Path) -> BaseProcess:
+def start(job: Callable[..., None], *arguments: Any, log: Path, env: dict[str, str] | None = None) -> BaseProcess:
     """Start a process that does a job with one thread.
 
     Args:
         job: A function of a module; the arguments are pickled.
-        env: What its environment has besides ours.
         log: Where it writes what it prints.
+        env: What its environment has besides ours.
     """
-    process = CONTEXT.Process(target=_work, args=(job, arguments, env, log), daemon=True)
+    process = CONTEXT.Process(target=_work, args=(job, arguments, log, env or {}), daemon=True)
     process.start()
     return process
 
 
-def _work(job: Callable[..., None], arguments: tuple[Any, ...], env: dict[str, str], log: Path) -> None:
+def _work(job: Callable[..., None], arguments: tuple[Any, ...], log: Path, env: dict[str, str]) -> None:
     with log.open("w") as file:
         os.dup2(file.fileno(), sys.stdout.fileno())
         os.dup2(file.fileno(), sys.stderr.fileno())
@@ -44,18 +44,21 @@ def _work(job: Callable[..., None], arguments: tuple[Any, ...], env: dict[str, s
     job(*arguments)
 
 
-def until_it_waits(job: Callable[..., None], *arguments: Any, env: dict[str, str], log: Path) -> BaseProcess:
-    """Start a process, the last argument of whose job is a function that tells us that it waits, and does so; return it
+def kill_where_it_waits(job: Callable[..., None], *arguments: Any, log: Path) -> None:
+    """Start a process, the last argument of whose job is a function that tells us that it waits, and does so; kill it
     then."""
     reader, writer = CONTEXT.Pipe(duplex=False)
-    process = start(job, *arguments, Waiting(writer), env=env, log=log)
+    process = start(job, *arguments, Waiting(writer), log=log)
     writer.close()  # ours, so that we see the end of theirs
     try:
         assert reader.poll(TIMEOUT), log.read_text()
         reader.recv()
     except EOFError:
         raise AssertionError(log.read_text()) from None
-    return process
+    finally:
+        process.kill()
+        process.join()
+    assert process.exitcode == -signal.SIGKILL
 
 
 class Waiting:

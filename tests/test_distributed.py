@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import distributed_worker as worker
 import processes
@@ -117,13 +115,10 @@ def test_a_run_that_is_killed_resumes_on_the_same_loss_curve(model: str, case: C
     whole = worker.long_run(model, case, tmp_path / "whole")
     whole.train()
     folder = tmp_path / "killed"
-    options: dict[str, Any] = {"env": {}, "log": tmp_path / "log"}
-    process = processes.until_it_waits(worker.interrupted_job, model, case.name, folder, **options)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    log = tmp_path / "log"
+    processes.kill_where_it_waits(worker.interrupted_job, model, case.name, folder, log=log)
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-5"]  # steps 6 and 7 are lost
-    assert processes.exit_codes([processes.start(worker.resumed_job, model, case.name, folder, **options)]) == [0]
+    assert processes.exit_codes([processes.start(worker.resumed_job, model, case.name, folder, log=log)]) == [0]
     resumed = torch.load(folder / "resumed.pt")
     assert resumed["losses"] == pytest.approx(worker.losses_of(whole), rel=1e-6)
     for name, parameter in whole.model.named_parameters():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -307,14 +306,10 @@ def in_two(job: str, folder: Path, **changes: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("at", [2, 5])
 def test_sigkill_is_survived(tmp_path: Path, at: int) -> None:
-    options: dict[str, Any] = {"env": {}, "log": tmp_path / "log"}
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert processes.exit_codes([processes.start(work, "distill", whole, {}, **options)]) == [0]  # as the others are
-    process = processes.until_it_waits(work, "distill", killed, {"stop": at}, **options)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert processes.exit_codes([processes.start(work, "distill", killed, {}, **options)]) == [0]
+    whole, killed, log = (tmp_path / name for name in ("whole", "killed", "log"))
+    assert processes.exit_codes([processes.start(work, "distill", whole, {}, log=log)]) == [0]  # as the others are
+    processes.kill_where_it_waits(work, "distill", killed, {"stop": at}, log=log)
+    assert processes.exit_codes([processes.start(work, "distill", killed, {}, log=log)]) == [0]
     assert lines(killed) == lines(whole)
 
 

@@ -47,9 +47,14 @@ def logits_of(model: PreTrainedModel, probe: Probe) -> torch.Tensor:
     return _logits_of(model, [probe])[0]
 
 
+def inputs_of(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
+    """Return the tokens that the model reads of texts, `[B, T]`."""
+    return torch.stack([probe.ids[:-1] for probe in batch]).to(model.device)
+
+
 @torch.inference_mode()
 def _logits_of(model: PreTrainedModel, batch: Batch) -> torch.Tensor:
-    ids = torch.stack([probe.ids[:-1] for probe in batch]).to(model.device)
+    ids = inputs_of(model, batch)
     return model(ids, use_cache=False, logits_to_keep=ids.shape[1] - batch[0].first).logits
 
 
@@ -101,8 +106,7 @@ def read(model: PreTrainedModel, probe: Probe, keeps_cache: bool = True) -> Past
 @torch.inference_mode()
 def read_batch(model: PreTrainedModel, batch: Batch) -> Past:
     """Let the model read texts at once."""
-    cache = DynamicCache(config=model.config)
-    ids = torch.stack([probe.ids[:-1] for probe in batch]).to(model.device)
+    cache, ids = DynamicCache(config=model.config), inputs_of(model, batch)
     start, before = batch[0].start, batch[0].start - batch[0].first
     with _keys_kept(model) as found:
         output = model(ids[:, :start], **with_cache(model, cache), logits_to_keep=max(before, 1))

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from ..cache import with_cache
 from .gates import Gates
-from .measure import Past, read_batch
+from .measure import Past, inputs_of, read_batch
 from .probes import Batch
 
 
@@ -48,8 +48,8 @@ class Recall:
     def _losses(self, index: int) -> torch.Tensor:
         """Return the loss of each text of a batch."""
         ends, past = [probe.since(probe.start) for probe in self.batches[index]], self.pasts[index]
-        ids = torch.stack([end.ids[:-1] for end in ends]).to(self.model.device)
-        logits = self.model(ids, **with_cache(self.model, copy.deepcopy(past.cache))).logits
+        cache = with_cache(self.model, copy.deepcopy(past.cache))
+        logits = self.model(inputs_of(self.model, ends), **cache).logits
         wide = torch.promote_types(logits.dtype, torch.float32)
         return torch.stack(
             [
