@@ -13,6 +13,7 @@ from test_ops_linear import relative
 from hf_effattn.feature_maps import FEATURE_MAPS
 from hf_effattn.ops.hybrid import HybridOptions, hybrid_attention
 from hf_effattn.ops.linear import LinearState, empty_state, linear_attention
+from hf_effattn.ops.linear.segment import Decay, factor_of
 from hf_effattn.ops.stream import Stream
 from hf_effattn.recurrences import RECURRENCES, Recurrence, RecurrenceShape
 
@@ -111,6 +112,25 @@ def test_fast_is_slow(name: str, length: int, scale: float) -> None:
     for backend in ("chunked", "recurrent"):
         for index, (actual, expected) in enumerate(zip(found[backend], found["reference"], strict=True)):
             assert relative(actual, expected) <= (2e-6 if index > 1 else 1e-6), (backend, index)
+
+
+@pytest.mark.parametrize("base", ["retnet", "gated_delta"])
+def test_what_a_chunk_forgets_is_no_subnormal_number(base: str) -> None:
+    """Those make a CPU's products ten to a hundred times slower, and are nothing to what is kept."""
+
+    class Strong(RECURRENCES.get(base)):  # type: ignore[misc]
+        def log_decay(self, key: torch.Tensor, read: torch.Tensor) -> torch.Tensor:
+            return key.new_full((*key.shape[:3], 1), -1.5)
+
+    recurrence, key = Strong(RecurrenceShape(6, 2, 16, 16, 24)), torch.rand(1, 2, 150, 16)
+    q, k, v = torch.rand(1, 6, 150, 16), with_gates(recurrence, key, torch.randn(1, 150, 24)), torch.rand(1, 2, 150, 5)
+    fast, slow = (linear_attention(q, k, v, recurrence=recurrence, backend=b) for b in ("chunked", "reference"))
+    assert relative(fast.output, slow.output) <= 1e-6
+    assert relative(fast.state.sums, slow.state.sums) <= 1e-6
+    decay = Decay.of(recurrence(k).log_decay[:, :, :128])
+    least = min(float(factor_of(x).min()) for x in decay)
+    assert least > torch.finfo().tiny * 1e9
+    assert float(decay.between.exp().min()) < torch.finfo().tiny  # as exponentials they would be
 
 
 @every_recurrence

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from .segment import Segment
+from .segment import Segment, factor_of
 
 
 def states_before(segment: Segment, carry: torch.Tensor) -> tuple[Segment, torch.Tensor, torch.Tensor]:
@@ -29,9 +29,9 @@ def states_before(segment: Segment, carry: torch.Tensor) -> tuple[Segment, torch
     factor = key.new_ones(key.shape[0], 1, 1, 1)  # of the state, over the chunk
     if decay is not None:
         assert decay.between is not None
-        products = products * decay.between.exp().to(key.dtype)
-        known, kept = key * decay.from_start.exp().to(key.dtype), key * decay.to_end.exp().to(key.dtype)
-        factor = decay.from_start[:, :, -1:].exp()
+        products = products * factor_of(decay.between).to(key.dtype)
+        known, kept = key * factor_of(decay.from_start).to(key.dtype), key * factor_of(decay.to_end).to(key.dtype)
+        factor = factor_of(decay.from_start[:, :, -1:])
     strength = segment.strength.to(key.dtype)
     sides = torch.cat((segment.value[..., :-1], known), dim=-1) * strength
     system = (products * strength).tril(-1)  # the ones of its diagonal are understood

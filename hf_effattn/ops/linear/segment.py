@@ -14,6 +14,7 @@ from .plan import Plan
 
 SEGMENT_BYTES = 2048  # of a number for each token of a segment: 512 tokens in float32, 1,024 in bfloat16
 CUDA_TOKENS = 16_384
+LEAST_LOG = -60.0  # of a decay: e⁻⁶⁰ of what was is nothing beside a denominator's guard, yet far from float32's least
 
 
 class Decay(NamedTuple):
@@ -39,6 +40,12 @@ class Decay(NamedTuple):
         if log_decay.shape[3] == 1:
             between = log_decay.expand(-1, -1, -1, log_decay.shape[2]).tril(-1).cumsum(dim=2)
         return cls(log_decay.cumsum(dim=2), later.flip(2).cumsum(dim=2).flip(2), between)
+
+
+def factor_of(log_decay: torch.Tensor) -> torch.Tensor:
+    """Return `e^x` for logarithms of decays, at least `e^LEAST_LOG`: exponentials and products near the least numbers
+    of float32 take a CPU up to a hundred times longer."""
+    return log_decay.clamp(min=LEAST_LOG).exp()
 
 
 class Segment(NamedTuple):
@@ -104,9 +111,9 @@ def states_before(segment: Segment, carry: torch.Tensor) -> tuple[torch.Tensor, 
     """
     if segment.decay is None:
         return _sums_before(torch.matmul(segment.key.transpose(2, 3), segment.value), carry)
-    remembered = (segment.key * segment.decay.to_end.exp()).to(segment.key.dtype)  # at the end of the chunk
+    remembered = (segment.key * factor_of(segment.decay.to_end)).to(segment.key.dtype)  # at the end of the chunk
     added = torch.matmul(remembered.transpose(2, 3), segment.value)
-    return _decaying_sums_before(added, segment.decay.from_start[:, :, -1:].exp().transpose(2, 3), carry)
+    return _decaying_sums_before(added, factor_of(segment.decay.from_start[:, :, -1:]).transpose(2, 3), carry)
 
 
 def attend(segment: Segment, before: torch.Tensor) -> torch.Tensor:
@@ -118,13 +125,13 @@ def attend(segment: Segment, before: torch.Tensor) -> torch.Tensor:
         groups = query.shape[2] // key.shape[2]
         rows = decay.from_start.repeat(1, 1, groups, 1)  # [B·N, G, R·C, 1 or F]
         if decay.between is not None:
-            factors = decay.between.exp().to(query.dtype).repeat(1, 1, groups, 1)
+            factors = factor_of(decay.between).to(query.dtype).repeat(1, 1, groups, 1)
             weights = within_chunk(query, key) * factors
         else:  # relative to the middle of the chunk, so that no exponential leaves float32
             middle = decay.from_start[:, :, key.shape[2] // 2, None]
             late, early = query * (rows - middle).exp(), key * (middle - decay.from_start).exp()
             weights = within_chunk(late.to(query.dtype), early.to(query.dtype))
-        query = (query * rows.exp()).to(query.dtype)
+        query = (query * factor_of(rows)).to(query.dtype)
     past = torch.matmul(query, before.to(query.dtype))
     output = torch.baddbmm(past.flatten(0, 1), weights.flatten(0, 1), segment.value.flatten(0, 1))
     return output.view(past.shape)
