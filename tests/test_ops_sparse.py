@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from matrix import patterns
 from test_ops_linear import relative
 
-from hf_effattn.ops.sparse import BACKENDS, choose_backend, sparse_attention
+from hf_effattn.ops.sparse import BACKENDS, choose_backend, single, sparse_attention
 from hf_effattn.patterns import Pattern, fixed, sliding_window, streaming, strided
 
 ALL = {**patterns(), "long": streaming(300, 4), "wide": streaming(70, 9), "blocks": fixed(64, 3)}
@@ -111,6 +111,22 @@ def test_nothing_from_the_future(name: str, backend: str, length: int, at: int) 
         x[:, :, at] = 7.0
     after = sparse_attention(q, k, v, ALL[name], backend=backend)
     assert torch.equal(before[:, :, :at], after[:, :, :at])
+
+
+@pytest.mark.parametrize("name", [name for name, pattern in ALL.items() if pattern.parts])
+@given(
+    position=st.integers(0, 150) | st.just(599), batch=st.integers(1, 2), dtype=st.sampled_from(["float32", "bfloat16"])
+)
+def test_a_single_query_reads_what_it_sees_and_nothing_else(name: str, position: int, batch: int, dtype: str) -> None:
+    q, k, v = (x.to(getattr(torch, dtype)) for x in inputs(batch, *heads_for(name, 2, 2), 1, position))
+    expected = sparse_attention(q, k, v, ALL[name], query_offset=position, backend="reference")
+    index = torch.arange(position + 1)[None]
+    seen = ALL[name].visible(index[:, -1:], index, q.shape[1]).any(dim=1)[0, 0]
+    first = seen | (index[0] == 0)  # which stands for keys that only some heads have
+    more = [torch.cat((x.masked_fill(~first[:, None], torch.nan), x[:, :, :3] * torch.nan), dim=2) for x in (k, v)]
+    actual = single.sparse_attention(q, *more, ALL[name], position, 8**-0.5)
+    assert actual.dtype == expected.dtype
+    assert relative(actual, expected) <= (1e-6 if dtype == "float32" else 1e-2)
 
 
 @pytest.mark.parametrize("backend", ["reference", "masked"])

@@ -6,7 +6,7 @@ import torch
 
 from ..cache import KeyValueState, KeyValueStore
 from ..config import SparseConfig
-from ..ops.sparse import banded, by_dimension, choose_backend, flex, gathered, masked, reference
+from ..ops.sparse import banded, by_dimension, choose_backend, flex, gathered, masked, reference, single
 from ..ops.sparse.jobs import Places
 from ..patterns import Pattern
 from .base import MECHANISMS, Call, HeadGeometry, Mechanism
@@ -39,6 +39,8 @@ class SparseAttention(Mechanism):
             whole = call.in_place and self._sees_slots and self._is_whole(state)
             if whole and by_dimension.is_wanted(query, state.keys):
                 state = state._replace(keys=by_dimension.stored(state.keys))  # once: further steps write into them
+            if self._reads_seen_alone(state, backend, call):
+                return self._attend_seen(state, query, call), state
             return self._attend_one(state, query, call), state
         if backend == "banded":
             output = self._attend_band(state, query, key, value, call)
@@ -86,6 +88,27 @@ class SparseAttention(Mechanism):
         return masked.sparse_attention(
             query, state.keys, state.values, self.pattern, last, state.positions, call.scale, call.dropout
         )
+
+    def _reads_seen_alone(self, state: KeyValueState, backend: str, call: Call) -> bool:
+        """Whether a single query should read the keys it sees and no others: where each is in the slot of its position,
+        and they are many."""
+        if self.store.window is not None or backend != "gathered" or call.dropout or torch.compiler.is_compiling():
+            return False
+        return self.options.backend == "gathered" or state.keys.shape[2] >= single.LEAST_SLOTS
+
+    def _attend_seen(self, state: KeyValueState, query: torch.Tensor, call: Call) -> torch.Tensor:
+        """Attend with one query, the last token of `state`, to the keys it sees: all rows at once where they are
+        equally long."""
+        keys, values = state.keys, state.values
+        if state.least == state.most:
+            return single.sparse_attention(query, keys, values, self.pattern, state.most - 1, call.scale)
+        rows = [slice(row, row + 1) for row in range(query.shape[0])]
+        lasts = [max(number - 1, 0) for number in state.num_tokens.tolist()]
+        outputs = [
+            single.sparse_attention(query[row], keys[row], values[row], self.pattern, last, call.scale)
+            for row, last in zip(rows, lasts, strict=True)
+        ]
+        return torch.cat(outputs)
 
     @property
     def _sees_slots(self) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from ..notation import whole_number
@@ -50,16 +52,18 @@ def bigbird(block_size: int = 64, num_random: int = 3, seed: int = 0) -> Pattern
             visible = visible | (drawn(h, own) == other).any(dim=0)
         return (k <= q) & visible
 
+    @functools.lru_cache(maxsize=1)  # the tokens that are decoded in one block ask for the same
+    def inside_drawn(block: int, num_heads: int) -> torch.Tensor:
+        """Positions in the random blocks of one block of queries, `[H, n]`."""
+        blocks = drawn(torch.arange(num_heads), torch.tensor(block)).T[..., None]
+        return (blocks * block_size + torch.arange(block_size)).masked_fill(blocks < 0, -1).flatten(1)
+
     def by_head(start: int, stop: int, num_heads: int) -> torch.Tensor:
         block = start // block_size
         near = torch.arange(max(block - WINDOW + 1, 0) * block_size, stop)
         first = torch.arange(block_size if block >= WINDOW else 0)
         fixed = torch.cat((first, near)).expand(num_heads, -1)
-        if not num_random:
-            return fixed
-        blocks = drawn(torch.arange(num_heads), torch.tensor(block)).T  # [H, num_random]
-        inside = blocks[..., None] * block_size + torch.arange(block_size)
-        return torch.cat((fixed, inside.masked_fill(blocks[..., None] < 0, -1).flatten(1)), dim=1)
+        return torch.cat((fixed, inside_drawn(block, num_heads)), dim=1) if num_random else fixed
 
     part = Part(mask_mod, lambda start, stop: [], block_size=block_size, by_head=by_head, exact=True)
     return Pattern(mask_mod, Retention(), parts=(part,))

@@ -34,7 +34,8 @@ class Part:
         block_size: How many of them.
         by_head: `(start, stop, num_heads) -> positions [H, n]`, candidates that differ by head, negative where a head
             has fewer.
-        exact: Whether every query of a block sees all of its candidates that are not behind it.
+        exact: Whether every query of a block sees all of its candidates that are not behind it, each of which is there
+            once.
         growing: Whether the candidates of a block are those of the last block before a position that is theirs, the
             largest `high`: all of them are then gathered once.
     """

@@ -85,7 +85,7 @@ def every_of(part: Part, query: torch.Tensor, places: Places) -> Every:
     if not part.growing:
         return Every(slice(None))
     end = places.first + query.shape[2]
-    keys, positions = _candidates(part, _ranges(part, end - 1, end), end - 1, end, query, places)
+    keys, positions = _candidates(part, ranges_of(part, end - 1, end), end - 1, end, query, places)
     return Every(keys, positions, positions.tolist())
 
 
@@ -99,7 +99,7 @@ def jobs_of(part: Part, query: torch.Tensor, places: Places, every: Every, wants
     zero, shown, unseen = heads.new_zeros(1, 1, 1, 1), query.new_zeros(()), query.new_full((), -torch.inf)
     for start, stop in _blocks(part, first, end):
         block = slice(start - first, stop - first, stride)
-        ranges = _ranges(part, start, stop)
+        ranges = ranges_of(part, start, stop)
         last = max((range(*each)[-1] for each in ranges), default=-1)
         if part.exact and not part.growing and places.slots is None and _leads(ranges, start, stop, first):
             low = ranges[0][0]
@@ -124,6 +124,20 @@ def jobs_of(part: Part, query: torch.Tensor, places: Places, every: Every, wants
             yield Job(block, keys, hidden, blind)
 
 
+def ranges_of(part: Part, start: int, stop: int) -> Ranges:
+    """Return where the candidates of the queries `start .. stop` are, from 0 on and before `stop`."""
+    found = part.candidates(start, stop)
+    cut = [(low if low >= 0 else low % step, min(high, stop), step) for low, high, step in found]
+    return [(low, high, step) for low, high, step in cut if low < high]
+
+
+def distinct(positions: torch.Tensor) -> torch.Tensor:
+    """Return the positions `[H, n]` of each head in their order, −1 for those that were there twice."""
+    positions = positions.sort(dim=1).values
+    twice = positions[:, 1:] == positions[:, :-1]
+    return torch.cat((positions[:, :1], positions[:, 1:].masked_fill(twice, -1)), dim=1)
+
+
 def _leads(ranges: Ranges, start: int, stop: int, first: int) -> bool:
     """Whether the candidates of the queries `start .. stop` follow each other up to `stop`, from a query's on."""
     return len(ranges) == 1 and ranges[0][1:] == (stop, 1) and first <= ranges[0][0] <= start
@@ -143,13 +157,6 @@ def _blocks(part: Part, first: int, end: int) -> Iterator[tuple[int, int]]:
     yield from reversed(found) if part.growing else found
 
 
-def _ranges(part: Part, start: int, stop: int) -> Ranges:
-    """Return where the candidates of the queries `start .. stop` are, from 0 on and before `stop`."""
-    found = part.candidates(start, stop)
-    cut = [(low if low >= 0 else low % step, min(high, stop), step) for low, high, step in found]
-    return [(low, high, step) for low, high, step in cut if low < high]
-
-
 def _candidates(
     part: Part, ranges: Ranges, start: int, stop: int, query: torch.Tensor, places: Places
 ) -> tuple[slice | torch.Tensor, torch.Tensor]:
@@ -163,9 +170,7 @@ def _candidates(
         positions = positions.unique()
     else:
         own = part.by_head(start, stop, heads).to(device)
-        positions = torch.cat((positions.expand(heads, -1), own), dim=1).sort(dim=1).values
-        twice = positions[:, 1:] == positions[:, :-1]
-        positions = torch.cat((positions[:, :1], positions[:, 1:].masked_fill(twice, -1)), dim=1)
+        positions = distinct(torch.cat((positions.expand(heads, -1), own), dim=1))
     if places.slots is None:
         return positions.clamp(min=0), positions
     known = (positions >= 0) & (positions < places.slots.shape[0])
