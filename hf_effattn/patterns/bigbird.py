@@ -45,25 +45,44 @@ def bigbird(block_size: int = 64, num_random: int = 3, seed: int = 0) -> Pattern
         chosen = 1 + low + mixed % (high - low).clamp(min=1)
         return chosen.masked_fill(high <= low, -1)
 
-    def mask_mod(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        own, other = (torch.div(x, block_size, rounding_mode="floor") for x in (q, k))
-        visible = (own - other < WINDOW) | (other == 0)
+    def block_of(x: torch.Tensor) -> torch.Tensor:
+        return torch.div(x, block_size, rounding_mode="floor")
+
+    def is_near(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (k <= q) & (block_of(q) - block_of(k) < WINDOW)
+
+    def is_far(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        own, other = block_of(q), block_of(k)
+        visible = other == 0
         if num_random:
             visible = visible | (drawn(h, own) == other).any(dim=0)
-        return (k <= q) & visible
+        return (own - other >= WINDOW) & visible
 
     @functools.lru_cache(maxsize=1)  # the tokens that are decoded in one block ask for the same
-    def inside_drawn(block: int, num_heads: int) -> torch.Tensor:
-        """Positions in the random blocks of one block of queries, `[H, n]`."""
-        blocks = drawn(torch.arange(num_heads), torch.tensor(block)).T[..., None]
-        return (blocks * block_size + torch.arange(block_size)).masked_fill(blocks < 0, -1).flatten(1)
+    def far(block: int, num_heads: int) -> torch.Tensor:
+        """Positions in the first and the random blocks of one block of queries, `[H, n]`."""
+        blocks = torch.zeros(num_heads, 1 if block >= WINDOW else 0, dtype=torch.int64)
+        if num_random:
+            random = drawn(torch.arange(num_heads), torch.tensor(block)).T
+            blocks = torch.cat((blocks, random[:, random[0] >= 0]), dim=1)  # of all heads as many
+        return (blocks[..., None] * block_size + torch.arange(block_size)).flatten(1)
 
-    def by_head(start: int, stop: int, num_heads: int) -> torch.Tensor:
-        block = start // block_size
-        near = torch.arange(max(block - WINDOW + 1, 0) * block_size, stop)
-        first = torch.arange(block_size if block >= WINDOW else 0)
-        fixed = torch.cat((first, near)).expand(num_heads, -1)
-        return torch.cat((fixed, inside_drawn(block, num_heads)), dim=1) if num_random else fixed
-
-    part = Part(mask_mod, lambda start, stop: [], block_size=block_size, by_head=by_head, exact=True)
-    return Pattern(mask_mod, Retention(), parts=(part,))
+    return Pattern(
+        lambda b, h, q, k: is_near(b, h, q, k) | is_far(b, h, q, k),
+        Retention(),
+        parts=(
+            Part(
+                is_near,
+                lambda start, stop: [((start // block_size - WINDOW + 1) * block_size, stop, 1)],
+                block_size=block_size,
+                exact=True,
+            ),
+            Part(
+                is_far,
+                lambda start, stop: [],
+                block_size=block_size,
+                by_head=lambda start, stop, num_heads: far(start // block_size, num_heads),
+                exact=True,
+            ),
+        ),
+    )

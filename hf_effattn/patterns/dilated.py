@@ -26,6 +26,12 @@ def dilated(window: int, stride: int) -> Pattern:
         Retention(reach - stride + 1),
         Band(window) if stride == 1 else None,
         parts=(
-            Part(mask_mod, lambda start, stop: [(start - reach + stride, stop, stride)], stride, query_block(window)),
+            Part(
+                mask_mod,
+                lambda start, stop: [(start - reach + stride, stop, stride)],
+                stride,
+                query_block(window),
+                relative=True,
+            ),
         ),
     )

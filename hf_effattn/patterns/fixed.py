@@ -52,7 +52,7 @@ def fixed(stride: int, num_summary: int = 8) -> Pattern:
     block = Part(
         lambda b, h, q, k: (k <= q) & together(q, k, pair) & (together(q, k, stride) | summary(k)),
         near,
-        block_size=max(stride, 64),
+        block_size=64 if stride % 64 == 0 or not exact else stride,
         exact=exact,
     )
     return Pattern(

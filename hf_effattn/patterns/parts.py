@@ -38,6 +38,7 @@ class Part:
             once.
         growing: Whether the candidates of a block are those of the last block before a position that is theirs, the
             largest `high`: all of them are then gathered once.
+        relative: Whether what it admits is told by the distance of query and key alone.
     """
 
     mask_mod: MaskMod
@@ -47,6 +48,7 @@ class Part:
     by_head: CandidatesByHead | None = None
     exact: bool = False
     growing: bool = False
+    relative: bool = False
 
     def joined(self, other: Part) -> Part:
         """Return the part of what either admits; both have the same stride."""
@@ -60,17 +62,28 @@ class Part:
             first.stride,
             min(first.block_size, second.block_size),
             by_head,
+            relative=first.relative and second.relative,
         )
 
     def limited(self, mask_mod: MaskMod) -> Part:
         """Return the part of what `mask_mod` admits, too."""
         own = self.mask_mod
-        return replace(self, mask_mod=lambda b, h, q, k: own(b, h, q, k) & mask_mod(b, h, q, k), exact=False)
+        return replace(
+            self,
+            mask_mod=lambda b, h, q, k: own(b, h, q, k) & mask_mod(b, h, q, k),
+            exact=False,
+            relative=False,
+        )
 
-    def without(self, mask_mod: MaskMod) -> Part:
-        """Return the part of what `mask_mod` does not admit."""
-        own = self.mask_mod
-        return replace(self, mask_mod=lambda b, h, q, k: own(b, h, q, k) & ~mask_mod(b, h, q, k), exact=False)
+    def without(self, other: Part) -> Part:
+        """Return the part of what `other` does not admit."""
+        first, second = self.mask_mod, other.mask_mod
+        return replace(
+            self,
+            mask_mod=lambda b, h, q, k: first(b, h, q, k) & ~second(b, h, q, k),
+            exact=False,
+            relative=self.relative and other.relative,
+        )
 
 
 Parts = tuple[Part, ...]
@@ -88,7 +101,7 @@ def union(first: Parts, second: Parts) -> Parts:
     for stride in sorted(by_stride):
         part = by_stride[stride]
         for earlier in disjoint:
-            part = part.without(earlier.mask_mod)
+            part = part.without(earlier)
         disjoint.append(part)
     return tuple(disjoint)
 

@@ -38,6 +38,7 @@ def sliding_window(window: int | Sequence[int | None]) -> Pattern:
         same if alike else by_head,
         lambda start, stop: [(0 if kept is None else start - kept + 1, stop, 1)],
         block_size=query_block(longest),
+        relative=alike,
     )
     return Pattern(
         part.mask_mod,

@@ -20,7 +20,7 @@ def strided(stride: int) -> Pattern:
     def column(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return (k <= q) & ((q - k) % stride == 0)
 
-    columns = Part(column, lambda start, stop: [(start % stride, stop, stride)], stride)
+    columns = Part(column, lambda start, stop: [(start % stride, stop, stride)], stride, relative=True)
     return Pattern(
         lambda b, h, q, k: (k <= q) & ((q - k < stride) | ((q - k) % stride == 0)),
         Retention(),

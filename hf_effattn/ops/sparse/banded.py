@@ -1,18 +1,22 @@
 """Sliding windows with sinks, a block of queries at a time: each block meets the sinks and the keys of its window only.
 
 Time and memory grow linearly with the text (without an end of the window, it is dense attention). Blocks whose keys are
-all plain (real, and not sinks) share one small additive mask; only the first blocks of a row, where sinks and padding
-lie, compute a mask from positions.
+all plain (real, and not sinks) share one small additive mask, and without gradients several of them are one batch; only
+the first blocks of a row, where sinks and padding lie, compute a mask from positions.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
 from ...patterns import Band
-from ..blocks import Blocks, Tensors, in_blocks
+from ..blocks import Blocks, Tensors, in_blocks, learns
 from ..stream import Stream
+from .bundles import BYTES, Entries
+from .flash import whole_lines
 from .masked import attend, attend_causal
 
 
@@ -30,14 +34,18 @@ def sparse_attention(
     if past == 0 and tokens <= window:
         return attend_causal(query[..., :dim], stream.key, stream.value, scale, dropout)
     size = min(max(window // 4, 64), 256)
-    cuts = [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
-    reach = [(max(0, past + start - window + 1), past + end) for start, end in cuts]
+    cuts = _cuts(query, stream, band.num_sinks, window, size)
     masks: dict[tuple[int, int], torch.Tensor] = {}
 
     def compute(
         block: int, carry: torch.Tensor | None, parts: Tensors, sinks: Tensors
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        (q, key, value), (low, high), num_sinks = parts, reach[block], sinks[0].shape[2]
+        (start, end, low, high), num_sinks = cuts[block], sinks[0].shape[2]
+        number = max((end - start) // size, 1)
+        queries, keys = (Entries(slice(n), number, size) for n in (min(end - start, size), high - low))
+        q, key, value = queries.batch(parts[0]), *(keys.batch(x) for x in parts[1:])
+        if band.num_sinks:
+            sinks = [x.repeat_interleave(number, dim=0) for x in sinks] if number > 1 else sinks
         if two_forms:
             sink_key, key = functional.pad(sinks[0], (dim, 0)), functional.pad(key, (0, dim))
             key, value = torch.cat((sink_key, key), dim=2), torch.cat((sinks[1], value), dim=2)
@@ -50,12 +58,46 @@ def sparse_attention(
             if low:  # else the window is still growing, and the next block has another shape
                 masks[shape] = mask
         else:
-            mask = _edge_mask(stream, window, num_sinks, past + cuts[block][0], low, high)
-        return attend(q, key, value, mask, scale, dropout)[..., : stream.value.shape[3]], None
+            mask = _edge_mask(stream, window, num_sinks, past + start, low, high)
+        output = queries.unbatch(attend(q, key, value, mask, scale, dropout))
+        output = output.transpose(1, 2).flatten(2, 3) if number > 1 else output
+        return output[..., : stream.value.shape[3]], None
 
-    ranges = [(cut, keys, keys) for cut, keys in zip(cuts, reach, strict=True)]
+    reach = [(low, past + end) for _, end, low, _ in cuts]
+    ranges = [((cut.start, cut.end), keys, keys) for cut, keys in zip(cuts, reach, strict=True)]
     blocks = Blocks(compute, ranges, (), stream.value.shape[-1], repeatable=not dropout)
     return in_blocks(blocks, None, (query, stream.key, stream.value), stream.sinks(band.num_sinks))[0]
+
+
+class Cut(NamedTuple):
+    """A block of queries `start .. end`, which meets the keys `low .. high` of the stream. Where it is a batch of
+    several, these are the keys of the first of them, and the others meet as many, each further by its size."""
+
+    start: int
+    end: int
+    low: int
+    high: int
+
+
+def _cuts(query: torch.Tensor, stream: Stream, num_sinks: int, window: int, size: int) -> list[Cut]:
+    """Cut the queries into blocks of `size`, and where nothing is learned into batches of blocks with plain keys."""
+    tokens, past = query.shape[2], stream.key.shape[2] - query.shape[2]
+    is_learning = learns((query, stream.key, stream.value)) or torch.compiler.is_compiling()
+    most = BYTES // query.dtype.itemsize // size
+    if num_sinks:  # keys are copied behind them, which should stay in the cache; with one thread it gains nothing
+        most = most // 4 if torch.get_num_threads() > 1 else 1
+    if is_learning:
+        most = 1
+    cuts, start = [], 0
+    while start < tokens:
+        end, low = min(start + size, tokens), past + start - window + 1
+        number = num_sinks + past + end - low
+        low -= whole_lines(number, query.dtype) - number  # keys before the windows, which nobody sees
+        is_plain = low > 0 and stream.least + low >= num_sinks
+        together = min(most, (tokens - start) // size) if is_plain else 1
+        cuts.append(Cut(start, start + together * size if together > 1 else end, max(low, 0), past + end))
+        start = cuts[-1].end
+    return cuts
 
 
 def _plain_mask(query: torch.Tensor, shape: tuple[int, int], num_sinks: int, window: int) -> torch.Tensor:

@@ -68,18 +68,16 @@ def forward(
     value: torch.Tensor,
     hidden: torch.Tensor | None,
     scale: float,
-    causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the output `[B, H, T, D]` and the log-sum-exp of the scores `[B, H, T]`, in at least float32; what it is
     where all is hidden has no meaning.
 
     Args:
         query: `[B, H, T, D]`; key, value: `[B, G, S, D]`.
-        hidden: Added to the scores, in the dtype of the query, `[1, 1 or H, T, S]`; None where all is seen,
-            or, with `causal`, the keys up to the query's own.
+        hidden: Added to the scores, in the dtype of the query, `[1, 1 or H, T, S]`; None where all is seen.
     """
-    rows = heads_as_rows(query, key.shape[1]) if hidden is None and not causal else query  # a mask would have to repeat
-    output, logsumexp = _FORWARD(rows, key, value, 0.0, causal, attn_mask=hidden, scale=scale)  # type: ignore[misc]
+    rows = heads_as_rows(query, key.shape[1]) if hidden is None else query  # a mask would have to repeat
+    output, logsumexp = _FORWARD(rows, key, value, 0.0, False, attn_mask=hidden, scale=scale)  # type: ignore[misc]
     return output.reshape(*query.shape[:3], -1), logsumexp.reshape(query.shape[:3])
 
 
@@ -92,7 +90,6 @@ def backward(
     value: torch.Tensor,
     hidden: torch.Tensor | None,
     scale: float,
-    causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of query, key and value.
 
@@ -100,9 +97,9 @@ def backward(
         output, logsumexp: Of all keys of the queries, these and others.
     """
     rows = [grad_output, query, output, logsumexp]
-    if hidden is None and not causal:
+    if hidden is None:
         rows = [heads_as_rows(x, key.shape[1]) for x in rows]
     grad, q, o, total = rows
     tensors = (grad, q, key, value, o, total.contiguous())
-    found = _BACKWARD(*tensors, 0.0, causal, attn_mask=hidden, scale=scale)  # type: ignore[misc]
+    found = _BACKWARD(*tensors, 0.0, False, attn_mask=hidden, scale=scale)  # type: ignore[misc]
     return found[0].reshape(query.shape), *found[1:]

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from ...patterns import Part, Pattern
 from ..blocks import learns
 from . import flash
+from .bundles import Entries
 from .jobs import Places, every_of, jobs_of
 
 
@@ -64,12 +65,9 @@ class _Gathered(torch.autograd.Function):
                 if job.is_empty:
                     continue
                 k, v = (_take(x, job.keys, query.shape[1]) for x in taken)
-                grad, q, o, total = (x[:, :, job.rows] for x in (grad_output, query, output, logsumexp))
-                if job.lead:  # those queries are another block's
-                    total = total.clone()
-                    total[:, :, : job.lead] = torch.inf
-                found = flash.backward(grad, q, o, total, k, v, job.hidden, ctx.scale, job.is_causal)
-                grads[0][:, :, job.rows] += found[0]
+                grad, q, o, total = (job.queries.batch(x) for x in (grad_output, query, output, logsumexp))
+                found = flash.backward(grad, q, o, total, k, v, job.hidden, ctx.scale)
+                job.queries.add(grads[0], found[0])
                 for whole, own in zip(given, found[1:], strict=True):
                     _give(whole, job.keys, own)
             if every.positions is not None:
@@ -97,17 +95,16 @@ def _forward(
         every = every_of(part, query, places)
         taken = [_take(x, every.keys, heads) for x in (key, value)]
         for job in jobs_of(part, query, places, every, len(parts) > 1):
-            there, before = output[:, :, job.queries], total[:, :, job.queries]
+            there, before = (job.queries.view(x) for x in (output, total))
             if job.is_empty:
                 if not index:
                     there.zero_()
                 continue
-            q, (k, v) = query[:, :, job.rows], (_take(x, job.keys, heads) for x in taken)
-            own, logsumexp = flash.forward(q, k, v, job.hidden, scale, job.is_causal)
-            if job.lead:
-                own, logsumexp = own[:, :, job.lead :], logsumexp[:, :, job.lead :]
+            q, (k, v) = job.queries.batch(query), (_take(x, job.keys, heads) for x in taken)
+            own, logsumexp = flash.forward(q, k, v, job.hidden, scale)
             if job.blind is not None:
                 logsumexp = logsumexp.masked_fill(job.blind, -torch.inf)
+            own, logsumexp = (job.queries.unbatch(x) for x in (own, logsumexp))
             if index:
                 flash.merge_(there, before, own, logsumexp, last=index == len(parts) - 1 and not wants_total)
             else:
@@ -116,10 +113,11 @@ def _forward(
     return output, total
 
 
-def _take(x: torch.Tensor, keys: slice | torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Return the entries `keys` of x `[B, G, S, D]`: `[B, G, n, D]`, or `[B, H, n, D]` where they differ by head."""
-    if isinstance(keys, slice):
-        return x[:, :, keys]
+def _take(x: torch.Tensor, keys: Entries | torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Return the entries `keys` of x `[B, G, S, D]`: `[B, G, n, D]`, of a bundle `[B·C, G, n, D]`, or `[B, H, n, D]`
+    where they differ by head."""
+    if isinstance(keys, Entries):
+        return keys.batch(x)
     rows = x.transpose(1, 2)  # [B, S, G, D], the layout of a projection
     if keys.ndim == 1:
         return rows.index_select(1, keys).transpose(1, 2)
@@ -127,11 +125,11 @@ def _take(x: torch.Tensor, keys: slice | torch.Tensor, num_heads: int) -> torch.
     return rows.flatten(1, 2).index_select(1, flat.flatten()).unflatten(1, keys.shape)
 
 
-def _give(total: torch.Tensor, keys: slice | torch.Tensor, part: torch.Tensor) -> None:
+def _give(total: torch.Tensor, keys: Entries | torch.Tensor, part: torch.Tensor) -> None:
     """Add to the entries that `_take` took."""
     part = part.to(total.dtype)
-    if isinstance(keys, slice):
-        total[:, :, keys] += part
+    if isinstance(keys, Entries):
+        keys.add(total, part)
     elif keys.ndim == 1:
         total.index_add_(2, keys, part)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from ...patterns import Part
 from ...patterns.parts import Ranges
 from . import flash
+from .bundles import Block, Entries, bundled
 
 
 class Places(NamedTuple):
@@ -34,37 +35,32 @@ class Places(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One block of queries and its candidates.
+    """One block of queries and its candidates, or C of them that are bundled.
 
     Args:
         queries: Which of the queries.
-        keys: Which of the keys: a slice, or indices `[n]` or `[H, n]`.
-        hidden: Zero for what a query sees and minus infinity for the rest, `[1, 1 or H, t, n]`; None where each sees
-            all, or with `lead` the candidates up to its own.
-        blind: Which queries see nothing at all, booleans `[1, 1 or H, t]`; None where nobody asks.
-        lead: How many keys are before the first query, of keys that follow each other up to the last query's own or
-            further; None of other keys. With as many more queries before them, attention is causal.
+        keys: Which of the keys: entries, or indices `[n]` or `[H, n]`.
+        hidden: Zero for what a query sees and minus infinity for the rest, `[1 or B·C, 1 or H, t, n]`; None where each
+            sees all.
+        blind: Which queries see nothing at all, booleans `[1 or B·C, 1 or H, t]`; None where nobody asks.
     """
 
-    queries: slice
-    keys: slice | torch.Tensor
+    queries: Entries
+    keys: Entries | torch.Tensor
     hidden: torch.Tensor | None = None
     blind: torch.Tensor | None = None
-    lead: int | None = None
-
-    @property
-    def is_causal(self) -> bool:
-        return self.lead is not None
 
     @property
     def is_empty(self) -> bool:
         """Whether there are no keys."""
-        return isinstance(self.keys, slice) and self.keys.stop == 0
+        return isinstance(self.keys, Entries) and self.keys.first.stop == 0
 
-    @property
-    def rows(self) -> slice:
-        """The queries, and those before them that make attention causal."""
-        return slice(self.queries.start - self.lead, self.queries.stop) if self.lead else self.queries
+
+class Mask(NamedTuple):
+    """What queries do not see, and which see nothing: `hidden` and `blind` of a job."""
+
+    hidden: torch.Tensor
+    blind: torch.Tensor | None
 
 
 class Every(NamedTuple):
@@ -75,7 +71,7 @@ class Every(NamedTuple):
         keys: Which of the keys; positions: theirs `[n]`, None for all keys; listed: the same as numbers.
     """
 
-    keys: slice | torch.Tensor
+    keys: Entries | torch.Tensor
     positions: torch.Tensor | None = None
     listed: Sequence[int] = ()
 
@@ -83,10 +79,10 @@ class Every(NamedTuple):
 def every_of(part: Part, query: torch.Tensor, places: Places) -> Every:
     """Return what the blocks of a part take their candidates from."""
     if not part.growing:
-        return Every(slice(None))
+        return Every(Entries(slice(None)))
     end = places.first + query.shape[2]
     keys, positions = _candidates(part, ranges_of(part, end - 1, end), end - 1, end, query, places)
-    return Every(keys, positions, positions.tolist())
+    return Every(Entries(keys) if isinstance(keys, slice) else keys, positions, positions.tolist())
 
 
 def jobs_of(part: Part, query: torch.Tensor, places: Places, every: Every, wants_blind: bool) -> Iterator[Job]:
@@ -94,34 +90,70 @@ def jobs_of(part: Part, query: torch.Tensor, places: Places, every: Every, wants
 
     Little is done for a block without a mask: between two products the interpreter has nothing in its caches.
     """
-    first, end, stride = places.first, places.first + query.shape[2], part.stride
-    heads = torch.arange(query.shape[1], device=query.device)[None, :, None, None]
-    zero, shown, unseen = heads.new_zeros(1, 1, 1, 1), query.new_zeros(()), query.new_full((), -torch.inf)
-    for start, stop in _blocks(part, first, end):
-        block = slice(start - first, stop - first, stride)
-        ranges = ranges_of(part, start, stop)
+    first, end, stride, device = places.first, places.first + query.shape[2], part.stride, query.device
+    masks: dict[tuple[int, ...], Mask] = {}
+    for start, stop, ranges, number, shift in _blocks(part, query, first, end, places.slots is None):
+        queries = Entries(slice(start - first, stop - first, stride), number, shift)
         last = max((range(*each)[-1] for each in ranges), default=-1)
-        if part.exact and not part.growing and places.slots is None and _leads(ranges, start, stop, first):
-            low = ranges[0][0]
-            yield Job(block, slice(low, min(low + flash.whole_lines(stop - low, query.dtype), end)), lead=start - low)
-            continue
         if every.positions is None:
-            keys, positions = _candidates(part, ranges, start, stop, query, places)
+            found, positions = _candidates(part, ranges, start, stop, query, places)
         else:
-            keys = slice(0, bisect.bisect_right(every.listed, last))
-            positions = every.positions[keys]
+            found = slice(0, bisect.bisect_right(every.listed, last))
+            positions = every.positions[found]
+        keys = Entries(found, number, shift) if isinstance(found, slice) else found
         if not positions.shape[-1]:
-            yield Job(block, slice(0, 0))
-        elif part.exact and part.by_head is None and last <= start:
-            yield Job(block, keys)
+            yield Job(queries, Entries(slice(0, 0)))
+        elif part.exact and last <= start and (part.by_head is None or _are_before(positions, start)):
+            yield Job(queries, keys)
         else:
-            at = torch.arange(start, stop, stride, device=query.device)[None, None, :, None]
-            other = positions.view(1, -1, 1, positions.shape[-1])
-            seen = other <= at if part.exact else part.mask_mod(zero, heads, at, other)  # [1, 1 or H, t, n]
-            seen = seen & (other >= 0) if part.by_head else seen
-            hidden = torch.where(seen, shown, unseen)
-            blind = ~seen.any(dim=-1) if wants_blind else None
-            yield Job(block, keys, hidden, blind)
+            is_relative = len(ranges) == 1 and places.slots is None and part.by_head is None
+            is_relative = is_relative and (part.relative or part.exact)
+            low, _, step = ranges[0] if is_relative else (0, 0, 1)
+            kind = (len(range(start, stop, stride)), positions.shape[-1], start - low, step)
+            mask = masks.get(kind)
+            if mask is None:
+                at = torch.arange(start, stop, stride, device=device)
+                late = None if is_relative or number == 1 else shift * torch.arange(number, device=device)
+                mask = _mask(part, query, at, positions, late, wants_blind)
+                if is_relative:
+                    masks[kind] = mask
+            yield Job(queries, keys, mask.hidden, mask.blind)
+
+
+def _are_before(positions: torch.Tensor, start: int) -> bool:
+    """Whether all positions stand for keys, and are not behind `start`."""
+    least, most = positions.aminmax()
+    return int(least) >= 0 and int(most) <= start
+
+
+def _mask(
+    part: Part,
+    query: torch.Tensor,
+    at: torch.Tensor,
+    positions: torch.Tensor,
+    late: torch.Tensor | None,
+    wants_blind: bool,
+) -> Mask:
+    """Return what queries at positions `at` `[t]` see of candidates at `positions` `[n]` or `[H, n]`.
+
+    Args:
+        late: How many positions later each block of a bundle is `[C]`; None if that changes nothing.
+    """
+    own, other = at.view(1, 1, -1, 1), positions.view(1, -1, 1, positions.shape[-1])
+    if late is not None:
+        own, other = own + late.view(-1, 1, 1, 1), other + late.view(-1, 1, 1, 1)
+    if part.exact:
+        seen = other <= own
+    else:
+        heads = torch.arange(query.shape[1], device=query.device)[None, :, None, None]
+        seen = part.mask_mod(heads.new_zeros(1, 1, 1, 1), heads, own, other)  # [C, 1 or H, t, n]
+    if part.by_head is not None:
+        seen = seen & (other >= 0)
+    if seen.shape[0] > 1:
+        seen = seen[:1] if bool((seen == seen[:1]).all()) else seen.repeat(query.shape[0], 1, 1, 1)
+    hidden = torch.where(seen, query.new_zeros(()), query.new_full((), -torch.inf))
+    sees_something = part.exact and part.by_head is None and bool(positions[0] <= at[0])
+    return Mask(hidden, ~seen.any(dim=-1) if wants_blind and not sees_something else None)
 
 
 def ranges_of(part: Part, start: int, stop: int) -> Ranges:
@@ -138,23 +170,41 @@ def distinct(positions: torch.Tensor) -> torch.Tensor:
     return torch.cat((positions[:, :1], positions[:, 1:].masked_fill(twice, -1)), dim=1)
 
 
-def _leads(ranges: Ranges, start: int, stop: int, first: int) -> bool:
-    """Whether the candidates of the queries `start .. stop` follow each other up to `stop`, from a query's on."""
-    return len(ranges) == 1 and ranges[0][1:] == (stop, 1) and first <= ranges[0][0] <= start
+def _blocks(part: Part, query: torch.Tensor, first: int, end: int, in_order: bool) -> Iterable[Block]:
+    """Return the blocks of queries: of a growing part the last one first, since buffers that grow from block to block
+    would each need new memory.
 
-
-def _blocks(part: Part, first: int, end: int) -> Iterator[tuple[int, int]]:
-    """Yield from where to where the blocks of queries reach: of a growing part the last one first, since buffers that
-    grow from block to block would each need new memory."""
+    Args:
+        in_order: Whether key j is at position j.
+    """
     found = []
     for begin in range(first, min(first + part.stride, end)):
         start = begin
         while start < end:
             size = part.block_size * part.stride
             after = start // size * size + size + begin % part.stride
-            found.append((start, min(after, end)))
+            stop = min(after, end)
+            found.append(Block(start, stop, ranges_of(part, start, stop)))
             start = after
-    yield from reversed(found) if part.growing else found
+    if part.growing:
+        return reversed(found)
+    if not in_order or part.by_head is not None:
+        return found
+    found = [block._replace(ranges=_in_lines(block.ranges, end, query.dtype, part.exact)) for block in found]
+    return bundled(sorted(found), part.stride, query.dtype)
+
+
+def _in_lines(ranges: Ranges, end: int, dtype: torch.dtype, is_exact: bool) -> Ranges:
+    """Return one range with more candidates, if there are so many before it, or where all before would be seen behind
+    it, so that scores fill whole lines."""
+    if len(ranges) != 1:
+        return ranges
+    low, high, step = ranges[0]
+    number = len(range(low, high, step))
+    more = (flash.whole_lines(number, dtype) - number) * step
+    if is_exact:
+        return [(low, high + more, step)] if high + more <= end else ranges
+    return [(low - more, high, step)] if low >= more else ranges
 
 
 def _candidates(
@@ -169,8 +219,8 @@ def _candidates(
     if part.by_head is None:
         positions = positions.unique()
     else:
-        own = part.by_head(start, stop, heads).to(device)
-        positions = distinct(torch.cat((positions.expand(heads, -1), own), dim=1))
+        positions = torch.cat((positions.expand(heads, -1), part.by_head(start, stop, heads).to(device)), dim=1)
+        positions = positions if part.exact else distinct(positions)
     if places.slots is None:
         return positions.clamp(min=0), positions
     known = (positions >= 0) & (positions < places.slots.shape[0])

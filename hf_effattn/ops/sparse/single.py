@@ -53,18 +53,17 @@ def seen_by(pattern: Pattern, position: int, num_heads: int, device: torch.devic
     ranges = [each for part in pattern.parts for each in ranges_of(part, position, position + 1)]
     by_head = [part.by_head(position, position + 1, num_heads) for part in pattern.parts if part.by_head is not None]
     found = [torch.arange(*each, device=device) for each in ranges] + [each.to(device) for each in by_head]
-    is_exact = len(found) == len(pattern.parts) == 1 and pattern.parts[0].exact
-    keys = found[0] if len(found) == 1 else torch.arange(0, device=device)
-    if len(found) > 1 and by_head:
-        keys = distinct(torch.cat([x.expand(num_heads, -1) for x in found], dim=1))
-    elif len(found) > 1:
-        keys = torch.cat(found).unique()
+    if by_head:
+        keys = torch.cat([x.expand(num_heads, -1) for x in found], dim=1)
+    else:
+        keys = torch.cat(found or [torch.arange(0, device=device)])
+    if all(part.exact for part in pattern.parts):  # then it sees each, and each is there once
+        return Seen(keys)
+    keys = distinct(keys) if by_head else keys.unique()
     at_keys = keys.view(1, -1, 1, keys.shape[-1])
-    shown = at_keys >= 0
-    if not is_exact:
-        at = torch.full((1, 1, 1, 1), position, device=device)
-        heads = torch.arange(num_heads, device=device)[None, :, None, None]
-        shown = shown & pattern.mask_mod(0 * at, heads, at, at_keys)
+    at = torch.full((1, 1, 1, 1), position, device=device)
+    heads = torch.arange(num_heads, device=device)[None, :, None, None]
+    shown = pattern.mask_mod(0 * at, heads, at, at_keys) & (at_keys >= 0)
     if shown.shape[1] == 1:
         return Seen(keys[shown.flatten()])
     if not by_head:  # what nobody sees goes
