@@ -11,6 +11,7 @@ from ..cache import KeyValueState, KeyValueStore
 from ..config import SparseConfig
 from ..notation import may_overwrite
 from ..ops.selected import Selection, choose_backend, selected_attention, step
+from ..ops.sparse.masked import attend, attend_causal
 from ..patterns import Retention
 from ..selectors import SELECTORS, BlockSelector
 from .base import MECHANISMS, Call, HeadGeometry, Mechanism
@@ -57,10 +58,22 @@ class SelectedAttention(Mechanism):
         if state is not None:
             positions = positions + state.store.num_tokens[:, None]
         state = self.advance(state, query, key, value, call)
+        if self._sees_all(state.store, tokens):
+            keys, values = (x[:, :, : state.store.most] for x in (state.store.keys, state.store.values))
+            if tokens > 1:
+                return attend_causal(query, keys, values, call.scale), state
+            return attend(query, keys, values, None, call.scale), state
         tensors = (query, state.store.keys, state.store.values, state.summary, positions, self.selection(call.scale))
         if tokens == 1 and self.options.backend != "reference":
             return step(*tensors), state
         return selected_attention(*tensors, backend=self.options.backend), state
+
+    def _sees_all(self, store: KeyValueState, tokens: int) -> bool:
+        """Whether the store holds no more blocks than a query selects, and its queries are the last token of each row,
+        or all tokens from the first on: dense attention then."""
+        if self.options.backend == "reference" or store.most > self.num_blocks * self.block_size:
+            return False
+        return store.least == store.most if tokens == 1 else store.most == tokens
 
     def selection(self, scale: float) -> Selection:
         """Return how blocks are selected under this factor of the scores."""
