@@ -12,6 +12,7 @@ from matrix import patterns
 from test_ops_linear import relative
 
 from hf_effattn.ops.sparse import BACKENDS, choose_backend, single, sparse_attention
+from hf_effattn.ops.sparse.jobs import Places, every_of, jobs_of
 from hf_effattn.patterns import Pattern, fixed, sliding_window, streaming, strided
 
 ALL = {**patterns(), "long": streaming(300, 4), "wide": streaming(70, 9), "blocks": fixed(64, 3)}
@@ -135,6 +136,18 @@ def test_a_blind_query_gets_zero(backend: str) -> None:
     output = sparse_attention(*inputs(1, 1, 1, 20), pattern, backend=backend)
     assert torch.equal(output[:, :, 8:], torch.zeros_like(output[:, :, 8:]))
     assert output[:, :, :2].abs().sum() > 0
+
+
+@pytest.mark.parametrize(("part", "most"), [(0, 5), (1, 2)])
+def test_blocks_that_are_alike_are_computed_together(part: int, most: int) -> None:
+    """Of a strided pattern 16 blocks of a window, the first of them with fewer keys, and 64 classes of columns."""
+    query, index = torch.empty(1, 2, 1024, 8), torch.arange(1024)[None, None, :, None]
+    own = strided(64).parts[part]
+    jobs = list(jobs_of(own, query, Places(), every_of(own, query, Places()), True))
+    assert len(jobs) <= most
+    found = torch.cat([job.queries.view(index).flatten() for job in jobs])
+    assert torch.equal(found.sort().values, index.flatten())
+    assert len({job.hidden.data_ptr() for job in jobs if job.hidden is not None}) <= most
 
 
 def test_no_queries_give_no_output() -> None:

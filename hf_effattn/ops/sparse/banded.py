@@ -82,22 +82,29 @@ class Cut(NamedTuple):
 def _cuts(query: torch.Tensor, stream: Stream, num_sinks: int, window: int, size: int) -> list[Cut]:
     """Cut the queries into blocks of `size`, and where nothing is learned into batches of blocks with plain keys."""
     tokens, past = query.shape[2], stream.key.shape[2] - query.shape[2]
-    is_learning = learns((query, stream.key, stream.value)) or torch.compiler.is_compiling()
-    most = BYTES // query.dtype.itemsize // size
-    if num_sinks:  # keys are copied behind them, which should stay in the cache; with one thread it gains nothing
-        most = most // 4 if torch.get_num_threads() > 1 else 1
-    if is_learning:
-        most = 1
-    cuts, start = [], 0
-    while start < tokens:
+    most = _most(query, stream, num_sinks, size)
+    cuts: list[Cut] = []
+    for start in range(0, tokens, size):
+        if cuts and start < cuts[-1].end:
+            continue
         end, low = min(start + size, tokens), past + start - window + 1
         number = num_sinks + past + end - low
         low -= whole_lines(number, query.dtype) - number  # keys before the windows, which nobody sees
         is_plain = low > 0 and stream.least + low >= num_sinks
         together = min(most, (tokens - start) // size) if is_plain else 1
         cuts.append(Cut(start, start + together * size if together > 1 else end, max(low, 0), past + end))
-        start = cuts[-1].end
     return cuts
+
+
+def _most(query: torch.Tensor, stream: Stream, num_sinks: int, size: int) -> int:
+    """Return how many blocks one batch may have."""
+    if torch.compiler.is_compiling() or learns((query, stream.key, stream.value)):
+        return 1
+    most = BYTES // query.dtype.itemsize // size
+    if not num_sinks:
+        return most
+    # Keys are copied behind the sinks, and the copies should stay in the cache; with one thread nothing is gained.
+    return most // 4 if torch.get_num_threads() > 1 else 1
 
 
 def _plain_mask(query: torch.Tensor, shape: tuple[int, int], num_sinks: int, window: int) -> torch.Tensor:
