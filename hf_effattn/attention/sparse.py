@@ -97,17 +97,11 @@ class SparseAttention(Mechanism):
         return self.options.backend == "gathered" or state.keys.shape[2] >= single.LEAST_SLOTS
 
     def _attend_seen(self, state: KeyValueState, query: torch.Tensor, call: Call) -> torch.Tensor:
-        """Attend with one query, the last token of `state`, to the keys it sees: all rows at once where they are
-        equally long."""
-        keys, values = state.keys, state.values
-        if state.least == state.most:
-            return single.sparse_attention(query, keys, values, self.pattern, state.most - 1, call.scale)
-        rows = [slice(row, row + 1) for row in range(query.shape[0])]
-        lasts = [max(number - 1, 0) for number in state.num_tokens.tolist()]
-        outputs = [
-            single.sparse_attention(query[row], keys[row], values[row], self.pattern, last, call.scale)
-            for row, last in zip(rows, lasts, strict=True)
-        ]
+        """Attend with one query, the last token of `state`, to the keys it sees."""
+        outputs = []
+        for row, number in _alike_rows(state):
+            tensors = (query[row], state.keys[row], state.values[row])
+            outputs.append(single.sparse_attention(*tensors, self.pattern, max(number - 1, 0), call.scale))
         return torch.cat(outputs)
 
     @property
@@ -149,10 +143,8 @@ class SparseAttention(Mechanism):
             return compute(query, key, value, self.pattern, Places(), call.scale)
         keys, values = torch.cat((state.keys, key), dim=2), torch.cat((state.values, value), dim=2)
         index = torch.arange(query.shape[2], device=query.device)
-        rows = [slice(None)] if state.least == state.most else [slice(b, b + 1) for b in range(query.shape[0])]
         outputs = []
-        for row in rows:
-            first = int(state.num_tokens[row][0])
+        for row, first in _alike_rows(state):
             places = Places.of(first, torch.cat((state.positions[row][0], first + index)))
             outputs.append(compute(query[row], keys[row], values[row], self.pattern, places, call.scale))
         return torch.cat(outputs)
@@ -174,6 +166,13 @@ class SparseAttention(Mechanism):
             call.scale,
             call.dropout,
         )
+
+
+def _alike_rows(state: KeyValueState) -> list[tuple[slice, int]]:
+    """Return rows that can be computed at once, and how many tokens they have seen: all where all have seen as many."""
+    if state.least == state.most:
+        return [(slice(None), state.most)]
+    return [(slice(row, row + 1), number) for row, number in enumerate(state.num_tokens.tolist())]
 
 
 def resolve_for(config: SparseConfig, geometry: HeadGeometry) -> Pattern:

@@ -32,3 +32,8 @@ def heads_as_rows(x: torch.Tensor, groups: int) -> torch.Tensor:
     """Return `[B, H, T, ·]` with the query heads of each of `groups` key/value heads as rows below each other,
     `[B, G, R·T, ·]`: larger products, and keys are read once for all of them."""
     return x.reshape(x.shape[0], groups, -1, *x.shape[3:])
+
+
+def read_by(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Return the key/value head of x `[B, G, S, D]` that each of the query heads reads, `[H]`."""
+    return torch.arange(num_heads, device=x.device) // (num_heads // x.shape[1])

@@ -7,15 +7,13 @@ the first blocks of a row, where sinks and padding lie, compute a mask from posi
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch.nn import functional
 
 from ...patterns import Band
 from ..blocks import Blocks, Tensors, in_blocks, learns
 from ..stream import Stream
-from .bundles import BYTES, Entries
+from .bundles import BYTES, Block, Entries, bundled
 from .flash import whole_lines
 from .masked import attend, attend_causal
 
@@ -34,18 +32,17 @@ def sparse_attention(
     if past == 0 and tokens <= window:
         return attend_causal(query[..., :dim], stream.key, stream.value, scale, dropout)
     size = min(max(window // 4, 64), 256)
-    cuts = _cuts(query, stream, band.num_sinks, window, size)
+    found = _blocks(query, stream, band.num_sinks, window, size)
     masks: dict[tuple[int, int], torch.Tensor] = {}
 
     def compute(
         block: int, carry: torch.Tensor | None, parts: Tensors, sinks: Tensors
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        (start, end, low, high), num_sinks = cuts[block], sinks[0].shape[2]
-        number = max((end - start) // size, 1)
-        queries, keys = (Entries(slice(n), number, size) for n in (min(end - start, size), high - low))
+        (start, stop, ((low, high, _),), number, _), num_sinks = found[block], sinks[0].shape[2]
+        queries, keys = (Entries(slice(n), number, size) for n in (stop - start, high - low))
         q, key, value = queries.batch(parts[0]), *(keys.batch(x) for x in parts[1:])
-        if band.num_sinks:
-            sinks = [x.repeat_interleave(number, dim=0) for x in sinks] if number > 1 else sinks
+        if number > 1:
+            sinks = [x.repeat_interleave(number, dim=0) for x in sinks]
         if two_forms:
             sink_key, key = functional.pad(sinks[0], (dim, 0)), functional.pad(key, (0, dim))
             key, value = torch.cat((sink_key, key), dim=2), torch.cat((sinks[1], value), dim=2)
@@ -63,41 +60,33 @@ def sparse_attention(
         output = output.transpose(1, 2).flatten(2, 3) if number > 1 else output
         return output[..., : stream.value.shape[3]], None
 
-    reach = [(low, past + end) for _, end, low, _ in cuts]
-    ranges = [((cut.start, cut.end), keys, keys) for cut, keys in zip(cuts, reach, strict=True)]
+    ranges = []
+    for start, stop, ((low, high, _),), number, shift in found:
+        keys = (low, high + (number - 1) * shift)
+        ranges.append(((start, stop + (number - 1) * shift), keys, keys))
     blocks = Blocks(compute, ranges, (), stream.value.shape[-1], repeatable=not dropout)
     return in_blocks(blocks, None, (query, stream.key, stream.value), stream.sinks(band.num_sinks))[0]
 
 
-class Cut(NamedTuple):
-    """A block of queries `start .. end`, which meets the keys `low .. high` of the stream. Where it is a batch of
-    several, these are the keys of the first of them, and the others meet as many, each further by its size."""
-
-    start: int
-    end: int
-    low: int
-    high: int
-
-
-def _cuts(query: torch.Tensor, stream: Stream, num_sinks: int, window: int, size: int) -> list[Cut]:
-    """Cut the queries into blocks of `size`, and where nothing is learned into batches of blocks with plain keys."""
+def _blocks(query: torch.Tensor, stream: Stream, num_sinks: int, window: int, size: int) -> list[Block]:
+    """Cut the queries into blocks of `size`, with their keys in the stream; where nothing is learned, those with plain
+    keys are bundled."""
     tokens, past = query.shape[2], stream.key.shape[2] - query.shape[2]
     most = _most(query, stream, num_sinks, size)
-    cuts: list[Cut] = []
+    plain: list[Block] = []
+    others: list[Block] = []
     for start in range(0, tokens, size):
-        if cuts and start < cuts[-1].end:
-            continue
-        end, low = min(start + size, tokens), past + start - window + 1
-        number = num_sinks + past + end - low
+        stop, low = min(start + size, tokens), past + start - window + 1
+        number = num_sinks + past + stop - low
         low -= whole_lines(number, query.dtype) - number  # keys before the windows, which nobody sees
-        is_plain = low > 0 and stream.least + low >= num_sinks
-        together = min(most, (tokens - start) // size) if is_plain else 1
-        cuts.append(Cut(start, start + together * size if together > 1 else end, max(low, 0), past + end))
-    return cuts
+        block = Block(start, stop, [(max(low, 0), past + stop, 1)])
+        can_join = most > 1 and low > 0 and stream.least + low >= num_sinks
+        (plain if can_join else others).append(block)
+    return sorted([*others, *bundled(plain, 1, most * size)])
 
 
 def _most(query: torch.Tensor, stream: Stream, num_sinks: int, size: int) -> int:
-    """Return how many blocks one batch may have."""
+    """Return how many blocks one bundle may have."""
     if torch.compiler.is_compiling() or learns((query, stream.key, stream.value)):
         return 1
     most = BYTES // query.dtype.itemsize // size

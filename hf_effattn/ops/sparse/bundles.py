@@ -14,7 +14,7 @@ import torch
 
 from ...patterns.parts import Ranges
 
-BYTES = 2048  # of one number for each query of a head, as far as bundling goes: caches should hold what comes of them
+BYTES = 2048  # of one number for each query of a bundle: caches should hold what comes of them
 
 
 class Block(NamedTuple):
@@ -32,13 +32,12 @@ class Block(NamedTuple):
     shift: int = 0
 
 
-def bundled(blocks: Iterable[Block], stride: int, dtype: torch.dtype) -> Iterator[Block]:
+def bundled(blocks: Iterable[Block], stride: int, most: int) -> Iterator[Block]:
     """Bundle the blocks, in order of their positions, whose candidates are one range and lie alike.
 
     Args:
-        dtype: Of the queries.
+        most: Queries of a bundle.
     """
-    most = BYTES // dtype.itemsize
     waiting: dict[tuple[int, ...], Block] = {}
     for block in blocks:
         if len(block.ranges) != 1:

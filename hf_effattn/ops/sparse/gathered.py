@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from ...patterns import Part, Pattern
 from ..blocks import learns
+from ..folding import read_by
 from . import flash
 from .bundles import Entries
 from .jobs import Places, every_of, jobs_of
@@ -121,7 +122,7 @@ def _take(x: torch.Tensor, keys: Entries | torch.Tensor, num_heads: int) -> torc
     rows = x.transpose(1, 2)  # [B, S, G, D], the layout of a projection
     if keys.ndim == 1:
         return rows.index_select(1, keys).transpose(1, 2)
-    flat = keys * x.shape[1] + _groups(x, num_heads)[:, None]
+    flat = keys * x.shape[1] + read_by(x, num_heads)[:, None]
     return rows.flatten(1, 2).index_select(1, flat.flatten()).unflatten(1, keys.shape)
 
 
@@ -133,10 +134,5 @@ def _give(total: torch.Tensor, keys: Entries | torch.Tensor, part: torch.Tensor)
     elif keys.ndim == 1:
         total.index_add_(2, keys, part)
     else:
-        flat = _groups(total, keys.shape[0])[:, None] * total.shape[2] + keys
+        flat = read_by(total, keys.shape[0])[:, None] * total.shape[2] + keys
         total.flatten(1, 2).index_add_(1, flat.flatten(), part.flatten(1, 2))
-
-
-def _groups(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """The key/value head of x `[B, G, S, D]` that each of the query heads reads, `[H]`."""
-    return torch.arange(num_heads, device=x.device) // (num_heads // x.shape[1])

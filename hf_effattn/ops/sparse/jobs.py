@@ -11,7 +11,7 @@ import torch
 from ...patterns import Part
 from ...patterns.parts import Ranges
 from . import flash
-from .bundles import Block, Entries, bundled
+from .bundles import BYTES, Block, Entries, bundled
 
 
 class Places(NamedTuple):
@@ -191,7 +191,7 @@ def _blocks(part: Part, query: torch.Tensor, first: int, end: int, in_order: boo
     if not in_order or part.by_head is not None:
         return found
     found = [block._replace(ranges=_in_lines(block.ranges, end, query.dtype, part.exact)) for block in found]
-    return bundled(sorted(found), part.stride, query.dtype)
+    return bundled(sorted(found), part.stride, BYTES // query.dtype.itemsize)
 
 
 def _in_lines(ranges: Ranges, end: int, dtype: torch.dtype, is_exact: bool) -> Ranges:

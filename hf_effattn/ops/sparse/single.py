@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ...patterns import Pattern
+from ..folding import read_by
 from .jobs import distinct, ranges_of
 from .masked import attend
 
@@ -39,8 +40,7 @@ def sparse_attention(
     if seen.keys.ndim == 1:
         k, v = (x.index_select(2, seen.keys) for x in (key, value))
     else:
-        groups = torch.arange(query.shape[1], device=query.device) // (query.shape[1] // key.shape[1])
-        index = (seen.keys + groups[:, None] * key.shape[2]).flatten()
+        index = (seen.keys + read_by(key, query.shape[1])[:, None] * key.shape[2]).flatten()
         k, v = (x.flatten(1, 2).index_select(1, index).unflatten(1, seen.keys.shape) for x in (key, value))
     if seen.shown is None:
         return attend(query, k, v, None, scale)
@@ -69,4 +69,4 @@ def seen_by(pattern: Pattern, position: int, num_heads: int, device: torch.devic
     if not by_head:  # what nobody sees goes
         anyone = shown.any(dim=1).flatten()
         keys, shown = keys[anyone], shown[..., anyone]
-    return Seen(keys, None) if bool(shown.all()) else Seen(keys.clamp(min=0), shown)
+    return Seen(keys) if bool(shown.all()) else Seen(keys.clamp(min=0), shown)
