@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from matrix import patterns
 from test_ops_linear import relative
 
-from hf_effattn.ops.sparse import BACKENDS, choose_backend, single, sparse_attention
+from hf_effattn.ops.sparse import BACKENDS, choose_backend, flash, single, sparse_attention
 from hf_effattn.ops.sparse.jobs import Places, every_of, jobs_of
 from hf_effattn.patterns import Pattern, fixed, sliding_window, streaming, strided
 
@@ -87,6 +87,22 @@ def test_gradients_are_those_of_the_reference(name: str, backend: str) -> None:
     for actual, expected in zip(gradients[backend], gradients["reference"], strict=True):
         assert actual.isfinite().all()
         assert relative(actual, expected) <= 2e-6
+
+
+@pytest.mark.parametrize("name", [name for name, backend in FAST if backend == "gathered"])
+def test_an_operator_that_knows_no_grouped_heads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's before 2.9 reads and writes past the end of fewer key/value heads."""
+    for each in ("_FORWARD", "_BACKWARD"):
+        position, operator = (0 if each == "_FORWARD" else 1), getattr(flash, each)
+
+        def checked(*args: Any, position: int = position, operator: Any = operator, **kwargs: Any) -> Any:
+            assert args[position].shape[1] == args[position + 1].shape[1]
+            return operator(*args, **kwargs)
+
+        monkeypatch.setattr(flash, each, checked)
+    monkeypatch.setattr(flash, "KNOWS_GROUPS", False)
+    assert flash.is_available.__wrapped__()
+    test_gradients_are_those_of_the_reference(name, "gathered")
 
 
 @pytest.mark.parametrize(("name", "backend"), FAST)

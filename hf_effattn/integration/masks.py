@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from transformers.masking_utils import causal_mask_function
 
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch has it from 2.7 on
+
 
 def effattn_mask(
     batch_size: int,
@@ -42,7 +44,7 @@ def effattn_mask(
     row = torch.arange(batch_size, device=device)[:, None]
     token = torch.arange(1, q_length, device=device)[None]
     continues = mask_function(row, torch.zeros_like(row), token, token - 1).expand(batch_size, -1)
-    if torch.compiler.is_exporting():  # an exported graph cannot depend on where documents begin
+    if _is_exporting():  # an exported graph cannot depend on where documents begin
         torch._assert_async(
             continues.all(), "an exported model takes one document a row, position_ids without restarts"
         )

@@ -9,8 +9,12 @@ import functools
 
 import torch
 from torch.nn import functional
+from torch.torch_version import TorchVersion
 
 from ..folding import heads_as_rows
+
+# Before, the operator takes fewer key/value than query heads, too, but reads and writes past their end.
+KNOWS_GROUPS = TorchVersion(torch.__version__) >= "2.9"
 
 _FORWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
 _BACKWARD = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
@@ -76,7 +80,7 @@ def forward(
         query: `[B, H, T, D]`; key, value: `[B, G, S, D]`.
         hidden: Added to the scores, in the dtype of the query, `[1, 1 or H, T, S]`; None where all is seen.
     """
-    rows = heads_as_rows(query, key.shape[1]) if hidden is None else query  # a mask would have to repeat
+    (rows,), hidden = _as_rows([query], key.shape[1], hidden)
     output, logsumexp = _FORWARD(rows, key, value, 0.0, False, attn_mask=hidden, scale=scale)  # type: ignore[misc]
     return output.reshape(*query.shape[:3], -1), logsumexp.reshape(query.shape[:3])
 
@@ -96,10 +100,21 @@ def backward(
     Args:
         output, logsumexp: Of all keys of the queries, these and others.
     """
-    rows = [grad_output, query, output, logsumexp]
-    if hidden is None:
-        rows = [heads_as_rows(x, key.shape[1]) for x in rows]
-    grad, q, o, total = rows
+    (grad, q, o, total), hidden = _as_rows([grad_output, query, output, logsumexp], key.shape[1], hidden)
     tensors = (grad, q, key, value, o, total.contiguous())
     found = _BACKWARD(*tensors, 0.0, False, attn_mask=hidden, scale=scale)  # type: ignore[misc]
     return found[0].reshape(query.shape), *found[1:]
+
+
+def _as_rows(
+    of_queries: list[torch.Tensor], groups: int, hidden: torch.Tensor | None
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Return what belongs to queries, `[B, H, T, ·]`, and their mask in the form in which the operator meets keys of
+    `groups` heads: the query heads of each as rows, but with a mask, which would have to repeat, as they are."""
+    each = of_queries[0].shape[1] // groups
+    if hidden is not None and (KNOWS_GROUPS or each == 1):
+        return of_queries, hidden
+    if hidden is not None:
+        by_head = hidden.expand(-1, each, -1, -1) if hidden.shape[1] == 1 else hidden
+        hidden = heads_as_rows(by_head, by_head.shape[1] // each)
+    return [heads_as_rows(x, groups) for x in of_queries], hidden
