@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from matrix import DEFAULTS, Case, close, tokens, with_fitting_peft
+from packaging.version import Version
 from peft import (
     AutoPeftModelForCausalLM,
     IA3Config,
@@ -83,6 +85,8 @@ def test_an_adapter_finds_its_converted_base(model: str, case: Case, tmp_path: P
     generated = again.generate(input_ids=IDS, **options)
     assert torch.equal(generated, tuned.generate(input_ids=IDS, **options))
     assert torch.equal(generated, again.generate(input_ids=IDS, use_cache=False, **options))
+    if Version(transformers.__version__) < Version("5.18"):  # knows no modules of an adapter's own
+        return
     through_transformers = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     assert torch.equal(through_transformers(IDS).logits, expected)
 

@@ -12,6 +12,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import hf_effattn
 from hf_effattn.architectures import ARCHITECTURES, find_undo
+from hf_effattn.architectures.rotary import UNDERSTOOD
 
 FAMILIES = [name for name in hf_effattn.supported_models() if name in CONFIG_MAPPING]
 # What they do is more than one unconditional rotation of the first dimensions: the reason is in the message.
@@ -25,6 +26,13 @@ REFUSED = (
 def made(name: str) -> Any:
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(families.tiny_config(name)).eval()
+
+
+@pytest.mark.parametrize("left", ["query_states, key_states", "(query_states, key_states)", "query_rot, key_rot"])
+def test_every_python_writes_the_rotation_in_a_way_that_is_understood(left: str) -> None:
+    """3.10 has brackets around the left side of an assignment, later ones have none."""
+    assert UNDERSTOOD.fullmatch(f"{left} = apply_rotary_pos_emb({left.strip('()')}, cos, sin)")
+    assert not UNDERSTOOD.fullmatch(f"{left} = apply_rotary_pos_emb({left.strip('()')}, cos, sin, 1)")
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in REFUSED])

@@ -20,7 +20,8 @@ from .base import Architecture
 from .seam import forward_tree
 
 FUNCTION = "apply_rotary_pos_emb"
-UNDERSTOOD = re.compile(rf"(query_\w+), (key_\w+) = {FUNCTION}\(\1, \2, cos, sin\)")
+# Python 3.10 writes the left side in brackets.
+UNDERSTOOD = re.compile(rf"\(?(query_\w+), (key_\w+)\)? = {FUNCTION}\(\1, \2, cos, sin\)")
 Undo = Callable[[torch.Tensor, torch.Tensor, Any], tuple[torch.Tensor, torch.Tensor]]
 Rotate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
