@@ -92,8 +92,8 @@ def test_gradients_are_those_of_the_reference(name: str, backend: str) -> None:
 @pytest.mark.parametrize("name", [name for name, backend in FAST if backend == "gathered"])
 def test_an_operator_that_knows_no_grouped_heads(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's before 2.9 reads and writes past the end of fewer key/value heads."""
-    for each in ("_FORWARD", "_BACKWARD"):
-        position, operator = (0 if each == "_FORWARD" else 1), getattr(flash, each)
+    for position, each in enumerate(("_FORWARD", "_BACKWARD")):  # of the query; the key follows
+        operator = getattr(flash, each)
 
         def checked(*args: Any, position: int = position, operator: Any = operator, **kwargs: Any) -> Any:
             assert args[position].shape[1] == args[position + 1].shape[1]

@@ -110,11 +110,12 @@ def _as_rows(
     of_queries: list[torch.Tensor], groups: int, hidden: torch.Tensor | None
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Return what belongs to queries, `[B, H, T, ·]`, and their mask in the form in which the operator meets keys of
-    `groups` heads: the query heads of each as rows, but with a mask, which would have to repeat, as they are."""
-    each = of_queries[0].shape[1] // groups
-    if hidden is not None and (KNOWS_GROUPS or each == 1):
+    `groups` heads: the query heads of each as rows, but with a mask, which would have to repeat, as they are where the
+    operator knows groups."""
+    if hidden is not None and KNOWS_GROUPS:
         return of_queries, hidden
     if hidden is not None:
+        each = of_queries[0].shape[1] // groups
         by_head = hidden.expand(-1, each, -1, -1) if hidden.shape[1] == 1 else hidden
         hidden = heads_as_rows(by_head, by_head.shape[1] // each)
     return [heads_as_rows(x, groups) for x in of_queries], hidden
