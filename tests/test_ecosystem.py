@@ -73,18 +73,60 @@ def test_gradients_of_flattened_documents_are_those_of_the_documents(model: str,
         torch.testing.assert_close(packed[name], parameter.grad, atol=1e-4, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize("layers", [None, [1]], ids=["all layers", "beside softmax"])
+@defaults
+@on_every_model
+def test_documents_may_be_told_as_to_flash_kernels(model: str, case: Case, layers: list[int] | None) -> None:
+    """As TRL's packing does."""
+    net = tiny_model(model).convert_attention(case.mechanism, layers=layers, **case.options)
+    expected = net(**flattened(), use_cache=False).logits
+    batch = flattened(return_flash_attn_kwargs=True, return_seq_idx=True)
+    assert {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"} < batch.keys()
+    assert torch.equal(net(**batch, use_cache=False).logits, expected)
+    if layers is None:  # else the softmax layer goes by positions, and would see all of the row
+        del batch["position_ids"]
+        packed = net(**batch, use_cache=False).logits
+        places = torch.arange(41).split([len(row) for row in DOCUMENTS])
+        alone = [net(row[None], position_ids=at[None]).logits for row, at in zip(DOCUMENTS, places, strict=True)]
+        close(packed, torch.cat(alone, dim=1))
+        padded = net(**batch, attention_mask=torch.arange(41)[None] < 38, use_cache=False).logits
+        close(padded[:, :38], packed[:, :38])
+
+
 @defaults
 @on_two_models
-def test_lengths_for_flash_kernels_are_honoured_or_refused(model: str, case: Case) -> None:
-    net = converted_model(model, case)
-    batch = flattened(return_flash_attn_kwargs=True)
-    assert "cu_seq_lens_q" in batch
-    try:
-        logits = net(**batch, use_cache=False).logits
-    except ValueError as error:
-        assert "cu_seq_lens" in str(error)  # noqa: PT017
-    else:
-        close(logits, net(**flattened(), use_cache=False).logits)
+def test_one_document_told_as_to_flash_kernels_may_have_a_cache(model: str, case: Case) -> None:
+    net, row = converted_model(model, case), DOCUMENTS[2][None]
+    ends = torch.tensor([0, row.shape[1]], dtype=torch.int32)
+    told = net(row, cu_seq_lens_q=ends, cu_seq_lens_k=ends, use_cache=True)
+    plain = net(row, use_cache=True)
+    assert torch.equal(told.logits, plain.logits)
+    caches = (told.past_key_values, plain.past_key_values)
+    assert torch.equal(*(net(row[:, :1], past_key_values=cache).logits for cache in caches))
+
+
+@defaults
+@on_two_models
+def test_lengths_that_say_something_else_are_refused(model: str, case: Case) -> None:
+    net, batch = converted_model(model, case), flattened()
+    wrong = {
+        "both be given": ([0, 11, 41], None),
+        "the same numbers": ([0, 11, 41], [0, 12, 41]),
+        "from 0 to T = 41": ([0, 11, 40], [0, 11, 40]),
+        "that grow from 0": ([0, 14, 11, 41], [0, 14, 11, 41]),
+        "got \\[1, 41\\]": ([1, 41], [1, 41]),
+        "elsewhere than by position_ids": ([0, 11, 31, 32, 41], [0, 11, 31, 32, 41]),
+    }
+    for message, given in wrong.items():
+        ends = [None if x is None else torch.tensor(x, dtype=torch.int32) for x in given]
+        with pytest.raises(ValueError, match=message):
+            net(**batch, cu_seq_lens_q=ends[0], cu_seq_lens_k=ends[1], use_cache=False)
+    ends = torch.tensor([0, 24], dtype=torch.int32)
+    with pytest.raises(ValueError, match="and 2 rows"):
+        net(IDS, cu_seq_lens_q=ends, cu_seq_lens_k=ends, use_cache=False)
+    ends = torch.tensor([0, 7, 24], dtype=torch.int32)
+    with pytest.raises(ValueError, match="use_cache=False"):
+        net(IDS[:1], cu_seq_lens_q=ends, cu_seq_lens_k=ends, use_cache=True)
 
 
 @defaults

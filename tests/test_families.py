@@ -39,6 +39,17 @@ COUNT_THEIR_POSITIONS = (
 )
 # Decoders that number positions by column, so their own logits change with left padding.
 PLACED_BY_COLUMN = ("bart", "blenderbot", "blenderbot-small", "marian", "mbart", "pegasus", "plbart", "whisper")
+# Some of their layers, recurrent ones or windows that stay as they are, let packed documents meet, dense or converted.
+LET_DOCUMENTS_MEET = (
+    "afmoe",
+    "bailing_hybrid",
+    "kimi_linear",
+    "lfm3",
+    "olmo_hybrid",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen3_next",
+)
 SLOW = ("kimi_linear",)  # its own recurrent layers take seconds
 every_family = pytest.mark.parametrize(
     "variant", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in VARIANTS]
@@ -118,6 +129,58 @@ def test_one_answer_beside_softmax(variant: str, case: Case) -> None:
     first = choose_layers(find_targets(model), None, None)[0]
     shake(model.convert_attention(case.mechanism, **case.options, layers=[first]))
     near(in_chunks(model), logits(model, use_cache=False))
+
+
+def packed(model: PreTrainedModel, rows: list[torch.Tensor]) -> torch.Tensor:
+    """Logits of `rows`, packed into one row, whose positions tell where they begin."""
+    counts = model.config.model_type.removeprefix("effattn_") in COUNT_THEIR_POSITIONS
+    first = model.config.pad_token_id + 1 if counts else 0
+    positions = torch.cat([torch.arange(len(row)) + first for row in rows])
+    return logits(model, torch.cat(rows)[None], position_ids=positions[None], use_cache=False)
+
+
+@pytest.mark.parametrize(
+    ("variant", "case"),
+    in_turn(x for x in VARIANTS if x not in PLACED_BY_COLUMN and x not in LET_DOCUMENTS_MEET),
+    ids=str,
+)
+def test_packed_documents_do_not_see_each_other(variant: str, case: Case) -> None:
+    """Also where the family's own layers let them."""
+    model = model_of(variant, case)
+    near(packed(model, ROWS), torch.cat([packed(model, [row]) for row in ROWS], dim=1))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(("variant", "case"), in_turn(["opt", "falcon", "roberta"]), ids=str)
+def test_compiled_models_that_know_documents_by_positions_alone_refuse_them(variant: str, case: Case) -> None:
+    torch._dynamo.reset()
+    model = model_of(variant, case)
+    compiled = torch.compile(model, backend="aot_eager")
+    near(packed(compiled, ROWS[:1]), packed(model, ROWS[:1]))
+    with pytest.raises(RuntimeError, match="one document a row: position_ids must grow"):
+        packed(compiled, ROWS)
+
+
+@pytest.mark.slow
+def test_exported_models_that_know_documents_by_positions_alone_refuse_them() -> None:
+    model = model_of("opt", DEFAULTS[0])
+    one, two = torch.arange(30)[None], torch.cat((torch.arange(11), torch.arange(19)))[None]
+    with torch.no_grad():
+        options = {"position_ids": one, "use_cache": False}
+        program = torch.export.export(model, (IDS[:1],), options, strict=False).module()
+        near(program(IDS[:1], **options).logits, model(IDS[:1], **options).logits)
+        with pytest.raises(RuntimeError, match="one document a row: position_ids must grow"):
+            program(IDS[:1], position_ids=two, use_cache=False)
+
+
+@pytest.mark.parametrize(
+    "variant", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in LET_DOCUMENTS_MEET]
+)
+def test_where_documents_meet_they_do_so_in_the_dense_model(variant: str) -> None:
+    model = model_of(variant, None)
+    alone = torch.cat([packed(model, [row]) for row in ROWS], dim=1)
+    assert not torch.allclose(packed(model, ROWS), alone, atol=1e-2)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.output_capturing import _active_collector
 
 from ..cache import EffAttnCacheLayer
-from .masks import read_mask
+from .masks import documents_of, read_lengths, read_mask
 
 NAME = "hf_effattn"
 
@@ -24,10 +24,13 @@ HARMLESS = frozenset(
         "encoder_hidden_states",
         "ignore_index",
         "logits_to_keep",
+        "max_length_k",
+        "max_length_q",
         "num_items_in_batch",
         "output_hidden_states",
         "position_embeddings",
         "position_ids",
+        "seq_idx",
         "shift_labels",
         "sliding_window",
     }
@@ -48,8 +51,11 @@ def effattn_attention(
     effattn_layer: EffAttnCacheLayer | None = None,
     effattn_rotary: Any = None,
     effattn_gates: torch.Tensor | None = None,
+    effattn_positions: torch.Tensor | None = None,
     is_causal: bool | None = None,
     output_attentions: bool | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute a converted layer through its mechanism, `module.effattn`.
@@ -60,6 +66,9 @@ def effattn_attention(
         effattn_layer: The cache layer bound to this call; None without a cache.
         effattn_rotary: The angles by which queries and keys were rotated, where the mechanism asks for them.
         effattn_gates: What the mechanism read from the layer's input, where it does.
+        effattn_positions: `position_ids` of a call without a cache, if the layer got them.
+        cu_seq_lens_q: Where packed documents begin, as collators tell flash kernels; see `read_lengths`.
+        cu_seq_lens_k: The same.
 
     Returns:
         Output `[B, T, H, V]`, contiguous, and the attention weights `[B, H, T, T]` if they are asked for and there is
@@ -83,6 +92,11 @@ def effattn_attention(
             "no weights over them. Attention weights exist for a whole text at once, with no cache or an empty one"
         )
     segments = read_mask(attention_mask, num_tokens, num_seen, kwargs.get("sliding_window"))
+    if segments is None:
+        documents = documents_of(effattn_positions)
+        segments = None if documents is None else documents.expand(query.shape[0], -1)
+    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+        segments = read_lengths(segments, cu_seq_lens_q, cu_seq_lens_k, query)
     if segments is not None and effattn_layer is not None and segments.dtype != torch.bool:
         raise ValueError("documents packed into one row cannot share a cache; pass use_cache=False")
     dtype = _common_dtype(query, key, value)

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Encod
 
 from ..cache import CACHE_ARGUMENTS, EffAttnCacheLayer
 from .attention import NAME
-from .masks import refuse_padded_past
+from .masks import documents_of, refuse_padded_past
 
 
 def attach(module: nn.Module, mechanism: nn.Module, forward: Callable[..., Any] | None = None) -> None:
@@ -69,8 +69,8 @@ def remove_hook(module: nn.Module, hook: Any) -> None:
 def bind_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Forward pre-hook: find the cache among the arguments and pass this layer's part on to the attention function.
 
-    Where the mechanism needs queries and keys before rotary, it gets the angles too; where it reads the layer's input,
-    what it read.
+    It gets the positions too, which tell of packed documents. Where the mechanism needs queries and keys before rotary,
+    it gets the angles; where it reads the layer's input, what it read.
     """
     if module.effattn.undo_rotary is not None:  # type: ignore[union-attr]
         kwargs = {**kwargs, "effattn_rotary": _angles(kwargs)}
@@ -79,7 +79,7 @@ def bind_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
         kwargs = {**kwargs, "effattn_gates": module.effattn.read_hidden(hidden)}  # type: ignore[union-attr,operator]
     cache = next((kwargs[name] for name in CACHE_ARGUMENTS if kwargs.get(name) is not None), None)
     if cache is None:
-        return args, kwargs
+        return args, {**kwargs, "effattn_positions": kwargs.get("position_ids")}
     if isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache):
         raise TypeError(
             f"converted layers keep their state in a transformers Cache (DynamicCache); got {type(cache).__name__}"
@@ -137,12 +137,9 @@ def own_layer(cache: Cache, index: int, mask: Any = None) -> EffAttnCacheLayer:
 
 def _refuse_packing(kwargs: dict[str, Any]) -> None:
     """Raise if documents are packed into rows while a cache is given: transformers then loses where they begin."""
-    positions = kwargs.get("position_ids")
-    if kwargs.get("attention_mask") is not None or positions is None or positions.shape[-1] == 1:
+    if kwargs.get("attention_mask") is not None or torch.compiler.is_compiling():
         return
-    if torch.compiler.is_compiling():
-        return
-    if bool((positions.diff(dim=-1) <= 0).any()):
+    if documents_of(kwargs.get("position_ids")) is not None:
         raise ValueError(
             "position_ids restart within a row, so documents are packed; with a cache they would see each other. "
             "Pass use_cache=False"

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn import functional
 from transformers.masking_utils import causal_mask_function
 
 _is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch has it from 2.7 on
@@ -124,6 +125,66 @@ def read_mask(
     if segments.dtype != torch.bool and int(segments.max()) <= 1:
         segments = segments > 0
     return None if segments.dtype == torch.bool and bool(segments.all()) else segments
+
+
+def documents_of(positions: torch.Tensor | None) -> torch.Tensor | None:
+    """Return the documents that positions `[B or 1, T]` tell by beginning anew, as segments; None for one a row.
+
+    For families that know packing by nothing else: transformers looks at positions where it makes masks, but not all
+    models hand them over.
+    """
+    if positions is None or positions.ndim != 2 or positions.shape[1] == 1:
+        return None
+    restarts = positions.diff(dim=1) <= 0
+    if torch.compiler.is_compiling():  # a graph cannot depend on where documents begin
+        torch._assert_async(
+            ~restarts.any(),
+            "compiled or exported, models of this family take one document a row: position_ids must grow",
+        )
+        return None
+    if not bool(restarts.any()):
+        return None
+    return 1 + functional.pad(restarts, (1, 0)).long().cumsum(dim=1)
+
+
+def read_lengths(
+    segments: torch.Tensor | None, of_queries: Any, of_keys: Any, query: torch.Tensor
+) -> torch.Tensor | None:
+    """Read `cu_seq_lens_q` and `cu_seq_lens_k`, by which collators tell flash kernels where documents begin, as
+    segments.
+
+    Args:
+        segments: What the mask says, as `read_mask` returns it; padding stays padding.
+        of_queries: Tokens before each document, and in the end all: `[0, n₁, n₁ + n₂, …, T]`.
+        of_keys: The same.
+        query: `[B, H, T, D]`, for its shape and device; B must be 1.
+
+    Returns:
+        As `read_mask`.
+
+    Raises:
+        ValueError: unless both are there and the same, for other numbers than these, for more than one row, or if
+            documents begin elsewhere by `position_ids` or the mask.
+    """
+    batch, _, tokens, _ = query.shape
+    if any(x is None for x in (of_queries, of_keys)):
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k must both be given, or none of them")
+    if not torch.compiler.is_compiling():
+        numbers, same = of_queries.tolist(), of_queries.tolist() == of_keys.tolist()
+        if not same or batch != 1 or numbers[:1] != [0] or numbers[-1:] != [tokens] or numbers != sorted(numbers):
+            raise ValueError(
+                f"cu_seq_lens_q and cu_seq_lens_k must be the same numbers that grow from 0 to T = {tokens}, for "
+                f"documents packed into one row; got {numbers} and {of_keys.tolist()}, and {batch} rows"
+            )
+    ends = of_queries.to(query.device)
+    segment_ids = torch.bucketize(torch.arange(tokens, device=ends.device), ends[1:], right=True)[None] + 1
+    if segments is None:
+        return None if len(ends) == 2 else segment_ids
+    if segments.dtype == torch.bool:
+        return segments if len(ends) == 2 else segment_ids * segments
+    if not torch.compiler.is_compiling() and not torch.equal(*(x.diff(dim=1) != 0 for x in (segments, segment_ids))):
+        raise ValueError("by cu_seq_lens_q documents begin elsewhere than by position_ids or the mask")
+    return segments
 
 
 def _of_one_token(mask: torch.Tensor, num_seen: int | torch.Tensor) -> torch.Tensor:
