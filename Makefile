@@ -10,6 +10,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 QUANTISERS := $(VENV)/quantisers
 TRITON := $(VENV)/triton
+DEEPSPEED := $(VENV)/deepspeed
 LONGEST_FIRST := tests/test_smollm2.py $(filter-out tests/test_smollm2.py,$(wildcard tests/test_*.py))
 # An ordinary name for the pip options, so that a mirror or cache can be configured from outside.
 PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
@@ -48,6 +49,11 @@ $(TRITON)/.installed: $(CONSTRAINTS) $(INSTALLED)
 	$(PIP_INSTALL) --upgrade --target $(TRITON) --no-deps triton
 	touch $@
 
+# Likewise: accelerate asks it wherever it finds it.
+$(DEEPSPEED)/.installed: $(CONSTRAINTS) $(INSTALLED)
+	$(PIP_INSTALL) --upgrade --target $(DEEPSPEED) --no-deps deepspeed einops hjson msgpack ninja py-cpuinfo
+	touch $@
+
 demo: $(INSTALLED)
 	$(BIN)/python recipes/demo.py
 
@@ -58,10 +64,11 @@ eval: $(INSTALLED)
 recover: $(INSTALLED)
 	$(BIN)/python recipes/recover.py
 
-test: $(INSTALLED) $(QUANTISERS)/.installed $(TRITON)/.installed
+test: $(INSTALLED) $(QUANTISERS)/.installed $(TRITON)/.installed $(DEEPSPEED)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n auto -q
 	OMP_NUM_THREADS=1 PYTHONPATH=$(QUANTISERS) $(BIN)/python -m pytest tests/test_quantized.py -q
 	OMP_NUM_THREADS=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest tests/test_triton.py -m "not gpu" -n auto -q
+	OMP_NUM_THREADS=1 DS_ACCELERATOR=cpu PYTHONPATH=$(DEEPSPEED) $(BIN)/python -m pytest tests/test_deepspeed.py -q
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or gpu" -n auto --dist loadfile --no-loadscope-reorder -q $(LONGEST_FIRST)
 
 lint: $(INSTALLED)

@@ -5,6 +5,7 @@ Each case of a job becomes FOLDER/<name>.pt: losses of all steps, gradients of t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +30,16 @@ ROWS = 4  # of one step, over all processes
 LENGTH = 24
 STOP_AT = 7  # the step at which the process that is going to be killed waits for it
 CASES = [(model, case) for model in ("llama-gqa", "gpt2") for case in DEFAULTS]
+READS_HIDDEN = Case("gla", "linear", {"recurrence": "gla", "window": 8, "num_sinks": 2})
+ZERO_CASES = [*CASES, ("llama-gqa", READS_HIDDEN)]
+ZERO_3 = {
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+}
 UNEVEN = Case("uneven", "linear", {"window": 16, "num_sinks": 2})  # some texts leave the window, some do not
 Outcome = dict[str, Any]
 
@@ -191,6 +202,23 @@ def trainer_job(folder: Path) -> None:
         write(folder, f"trainer-{model}-{case}", {"losses": losses_of(run), "parameters": parameters})
 
 
+def zero_job(folder: Path) -> None:
+    """DeepSpeed's ZeRO-3: each process has its part of every parameter, and gathers those that a module needs."""
+    os.environ.update(DS_ACCELERATOR="cpu", LOCAL_SIZE=str(NUM_PROCESSES))
+    import deepspeed
+
+    students = [student(model, case) for model, case in ZERO_CASES]  # once it trains, new models come in parts, too
+    for (model, case), net in zip(ZERO_CASES, students, strict=True):
+        options: dict[str, Any] = {"gradient_accumulation_steps": 2, "deepspeed": ZERO_3}
+        run = trainer(net, folder, per_device_train_batch_size=1, **options)
+        run.train()
+        parameters = dict(run.model.named_parameters())
+        assert all(parameter.numel() == 0 for parameter in parameters.values())
+        with deepspeed.zero.GatheredParameters(list(parameters.values())):
+            gathered = {name: whole(parameter) for name, parameter in parameters.items()}
+        write(folder, f"zero-{model}-{case}", {"losses": losses_of(run), "parameters": gathered})
+
+
 def long_run(model: str, case: Case, folder: Path) -> Trainer:
     """Two epochs of eight steps with dropout and AdamW; the checkpoints are in the middle of epochs."""
     return trainer(
@@ -235,7 +263,13 @@ def write(folder: Path, name: str, outcome: Outcome) -> None:
         torch.save(outcome, folder / f"{name}.pt")
 
 
-JOBS = {"torch": torch_job, "uneven": uneven_job, "accelerate": accelerate_job, "trainer": trainer_job}
+JOBS = {
+    "torch": torch_job,
+    "uneven": uneven_job,
+    "accelerate": accelerate_job,
+    "trainer": trainer_job,
+    "zero": zero_job,
+}
 
 
 def in_one_of_many(job: str, *arguments: Any) -> None:

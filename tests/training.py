@@ -10,7 +10,9 @@ from matrix import Case, shake, tiny_model
 
 def student(model: str, case: Case, layers: list[int] | None = None, dropout: bool = False) -> Any:
     """The converted model that is trained, always with the same weights."""
-    net = shake(tiny_model(model).convert_attention(case.mechanism, layers=layers, **case.options)).train()
+    net = tiny_model(model)
+    torch.manual_seed(0)  # of what conversion draws
+    net = shake(net.convert_attention(case.mechanism, layers=layers, **case.options)).train()
     return net if dropout else without_dropout(net)
 
 

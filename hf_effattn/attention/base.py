@@ -78,6 +78,7 @@ class Mechanism(nn.Module):
     num_gates = 0  # E
     rolls = False  # whether it wants queries as they were before rotary, behind the others, and keys as they are
     needs_queries = False  # whether its state depends on queries, too
+    _z3_leaf = True  # tells DeepSpeed's ZeRO-3 to gather all of its parameters at once: passes back call parts of it
     undo_rotary: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None  # set where a layer rotates
 
     def __init__(self, config: MechanismConfig, geometry: HeadGeometry) -> None:
