@@ -1,4 +1,4 @@
-"""TRL trains converted models: packed and padding-free texts, preferences and rewards, with the right reference model."""
+"""TRL trains converted models: packed texts, texts without padding, preferences and rewards against the right model."""
 
 from __future__ import annotations
 
