@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -258,3 +261,38 @@ def test_accumulated_gradients_are_those_of_a_big_batch(model: str, case: Case, 
         assert losses_of(run) == pytest.approx(losses_of(runs[0]), rel=1e-5)
         for (name, p), q in zip(run.model.named_parameters(), runs[0].model.parameters(), strict=True):
             torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4, msg=name)
+
+
+LIGER = """
+def patch(model):
+    model.is_patched = True
+
+MODEL_TYPE_TO_APPLY_LIGER_FN = {"llama": patch}
+
+def _apply_liger_kernel_to_instance(model):
+    if model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        MODEL_TYPE_TO_APPLY_LIGER_FN[model.config.model_type](model=model)
+"""
+SWITCHED_ON = """
+import sys
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+import hf_effattn
+sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+net = LlamaForCausalLM(LlamaConfig(**sizes)).convert_attention("sparse", window=8)
+options = {"use_liger_kernel": True, "use_cpu": True, "report_to": [], "max_steps": 1, "save_strategy": "no"}
+Trainer(net, TrainingArguments(sys.argv[1], **options), train_dataset=[{"input_ids": [1, 2], "labels": [1, 2]}]).train()
+assert net.is_patched
+"""
+
+
+def test_the_switch_for_ligers_kernels_reaches_converted_models(tmp_path: Path) -> None:
+    """Its own kernels want a GPU; this is how it finds what to patch, by the model type."""
+    package = tmp_path / "liger_kernel" / "transformers"
+    package.mkdir(parents=True)
+    (package / "monkey_patch.py").write_text(LIGER)
+    (package / "__init__.py").write_text("from .monkey_patch import _apply_liger_kernel_to_instance")
+    (package.parent / "__init__.py").touch()
+    (tmp_path / "liger_kernel-0.8.5.dist-info").mkdir()
+    (tmp_path / "liger_kernel-0.8.5.dist-info" / "METADATA").write_text("Name: liger-kernel\nVersion: 0.8.5\n")
+    command = [sys.executable, "-c", SWITCHED_ON, str(tmp_path / "out")]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})

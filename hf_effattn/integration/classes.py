@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -168,7 +169,7 @@ def register_config(model_type: str) -> None:
 
 
 def register_models(twin: type[PreTrainedConfig]) -> None:
-    """Register the converted twins of all model classes of a family with transformers' and PEFT's tables, once."""
+    """Register the twins of all model classes of a family in the tables of transformers, PEFT and Liger, once."""
     if "_models_registered" in twin.__dict__ or not isinstance(twin, TwinType):
         return
     twin._models_registered = True  # type: ignore[attr-defined]
@@ -185,6 +186,7 @@ def register_models(twin: type[PreTrainedConfig]) -> None:
             # `transformers serve` looks there; the module in place now need not be the one that was imported first.
             setattr(sys.modules["transformers"], PREFIX + head.__name__, model_class(head))
     _register_with_peft(base.model_type, twin.model_type)  # type: ignore[attr-defined]
+    _register_with_liger(base.model_type, twin.model_type)  # type: ignore[attr-defined]
 
 
 def _register_with_peft(model_type: str, twin_type: str) -> None:
@@ -194,6 +196,18 @@ def _register_with_peft(model_type: str, twin_type: str) -> None:
     for name, table in vars(constants).items():
         if name.startswith("TRANSFORMERS_MODELS_TO_") and isinstance(table, dict) and model_type in table:
             table.setdefault(twin_type, table[model_type])
+
+
+def _register_with_liger(model_type: str, twin_type: str) -> None:
+    """Copy the entry of Liger's table, if it is there: without one, Trainer's `use_liger_kernel` does nothing."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        return
+    try:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN as table
+    except (ImportError, RuntimeError):  # without Triton, or without a device for it
+        return
+    if model_type in table:
+        table.setdefault(twin_type, table[model_type])
 
 
 def _belongs_to_mechanism(module: nn.Module) -> bool:
