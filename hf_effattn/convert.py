@@ -112,6 +112,7 @@ def revert_attention(model: Model) -> Model:
     if model.config._attn_implementation == integration.NAME:
         model.config._attn_implementation_internal = integration.default_implementation(model)
     integration.become_original(model)
+    integration.extend_plan(model)
     return model
 
 
@@ -178,6 +179,7 @@ def _put(
 def _finish(model: PreTrainedModel, targets: Targets) -> None:
     for embedding in position_embeddings(model, targets.architecture):
         integration.guard_positions(embedding)
+    integration.extend_plan(model)
     everywhere = all(hasattr(module, "effattn") for module in targets.modules.values())
     if everywhere and model.config._attn_implementation == integration.default_implementation(model):
         # The model's masks are then made by our function: [B, 1, 1, T] instead of [B, 1, T, S].
@@ -187,6 +189,7 @@ def _finish(model: PreTrainedModel, targets: Targets) -> None:
 def _make(config: MechanismConfig, targets: Targets, index: int, model: PreTrainedModel) -> Mechanism:
     module = targets.modules[index]
     mechanism = make_mechanism(config, HeadGeometry(*head_counts(module, model.config)))
+    mechanism.check_shares(model._tp_size or 1)
     if mechanism.rolls:
         mechanism.rotate = find_rotation(targets.architecture, module, model)  # type: ignore[assignment]
     if mechanism.before_rotary or mechanism.rolls:

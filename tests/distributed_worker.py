@@ -11,10 +11,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
-from matrix import DEFAULTS, Case, tokens
+from matrix import DEFAULTS, ONE_CASE_EACH, Case, tiny_model, tokens
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,7 +23,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from training import student
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from hf_effattn.evictions import EVICTIONS
 
 NUM_PROCESSES = 2
 NUM_STEPS = 3
@@ -40,6 +43,11 @@ ZERO_3 = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
 }
+SHARED_OUT = [
+    *ONE_CASE_EACH,
+    *(Case(name, "sparse", {"eviction": name, "capacity": 12}) for name in EVICTIONS),
+    Case("rolling", "sparse", {"window": 6, "num_sinks": 2, "position_mode": "rolling"}),
+]
 UNEVEN = Case("uneven", "linear", {"window": 16, "num_sinks": 2})  # some texts leave the window, some do not
 Outcome = dict[str, Any]
 
@@ -219,6 +227,46 @@ def zero_job(folder: Path) -> None:
         write(folder, f"zero-{model}-{case}", {"losses": losses_of(run), "parameters": gathered})
 
 
+def tensor_parallel_job(folder: Path) -> None:
+    """Tensor parallelism: each process has half of the heads of converted models, which come from folders."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    for case in SHARED_OUT:
+        source = folder / case.name
+        if dist.get_rank() == 0:
+            student("llama-gqa", case).save_pretrained(source)
+        dist.barrier()
+        try:
+            net = AutoModelForCausalLM.from_pretrained(source, tp_plan="auto")
+        except ValueError as error:
+            write(folder, case.name, {"refused": str(error)})
+            continue
+        learned = [p for layer in net.model.layers for p in layer.self_attn.effattn.parameters()]
+        assert all(p.to_local().shape[0] == p.shape[0] // NUM_PROCESSES for p in learned)
+        write(folder, case.name, results_of(net, steps()[0]))
+        net.save_pretrained(folder / f"{case.name} again", is_main_process=dist.get_rank() == 0)
+    if dist.get_rank() == 0:
+        tiny_model("llama-gqa").save_pretrained(folder / "dense")
+    dist.barrier()
+    dense = AutoModelForCausalLM.from_pretrained(folder / "dense", tp_plan="auto")
+    with pytest.raises(ValueError, match="cannot be shared out by tensor parallelism"):
+        dense.convert_attention("sparse", pattern="bigbird")
+    assert dense.config.model_type == "llama"  # nothing has happened to it
+    for case in DEFAULTS:  # converted as they are, with half of the heads, and reverted
+        write(folder, f"{case} later", results_of(dense.convert_attention(case.mechanism, **case.options), steps()[0]))
+        dense.zero_grad()
+        write(folder, f"{case} reverted", results_of(dense.revert_attention(), steps()[0]))
+        dense.zero_grad()
+
+
+def results_of(net: Any, ids: torch.Tensor) -> Outcome:
+    """Gradients, logits and generated tokens of a model."""
+    logits = net.train()(ids, use_cache=False).logits
+    weights = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0))
+    (logits * weights).sum().backward()
+    outcome = {"logits": logits.detach(), "gradients": {name: whole(p.grad) for name, p in net.named_parameters()}}
+    return outcome | {"generated": net.eval().generate(ids, max_new_tokens=8, do_sample=False)}
+
+
 def long_run(model: str, case: Case, folder: Path) -> Trainer:
     """Two epochs of eight steps with dropout and AdamW; the checkpoints are in the middle of epochs."""
     return trainer(
@@ -269,6 +317,7 @@ JOBS = {
     "accelerate": accelerate_job,
     "trainer": trainer_job,
     "zero": zero_job,
+    "tensor_parallel": tensor_parallel_job,
 }
 
 

@@ -59,6 +59,10 @@ class ByHeadAttention(Mechanism):
         runs = [run for index, heads in enumerate(groups) for run in _runs(index, heads)]
         self.runs = sorted(runs, key=lambda run: run.first)
 
+    @property
+    def heads_are_alike(self) -> bool:
+        return False
+
     def attend(
         self, state: States | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, States]:

@@ -57,6 +57,10 @@ class LinearAttention(Mechanism):
             self.recurrence is not None and self.recurrence.before_rotary
         )
 
+    @property
+    def heads_are_alike(self) -> bool:
+        return self.recurrence is None
+
     def read_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
         assert self.recurrence is not None
         return self.recurrence.read_hidden(hidden)

@@ -29,6 +29,13 @@ class SparseAttention(Mechanism):
         self.pattern = pattern or resolve_for(config, geometry)
         self.store = KeyValueStore(self.pattern.retention)
 
+    @property
+    def heads_are_alike(self) -> bool:
+        pattern = self.pattern
+        if pattern.num_heads is not None or not (pattern.parts or pattern.is_windowed):  # others may be anything
+            return False
+        return all(part.by_head is None for part in pattern.parts)
+
     def attend(
         self, state: KeyValueState | None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
     ) -> tuple[torch.Tensor, KeyValueState]:

@@ -15,6 +15,7 @@ from .masks import effattn_mask
 from .natives import FULL, SLIDING, NativeLayer, native_layers
 from .positions import guard_positions, unguard_positions
 from .swap import become_converted, become_original, swap_submodels
+from .tensor_parallel import extend_plan, register_style
 
 __all__ = [
     "FORMAT_VERSION",
@@ -28,6 +29,7 @@ __all__ = [
     "default_implementation",
     "detach",
     "effattn_attention",
+    "extend_plan",
     "guard_positions",
     "is_attached",
     "is_learned",
@@ -44,8 +46,10 @@ __all__ = [
 
 
 def register() -> None:
-    """Enter our attention function, mask function and cache layer into transformers' tables, under our own names."""
+    """Enter our attention function, mask function, cache layer and way of sharing heads out into transformers' tables,
+    under our own names."""
     AttentionInterface.register(NAME, effattn_attention)
     AttentionMaskInterface.register(NAME, effattn_mask)
+    register_style()
     DYNAMIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = EffAttnCacheLayer
     STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = StaticEffAttnCacheLayer

@@ -1,0 +1,100 @@
+"""Tensor parallelism: each process has a share of the heads, and of what mechanisms have learned for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from transformers import PreTrainedModel
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+
+STYLE = "effattn"  # what transformers' plans call it
+
+
+class ByHead(TensorParallelLayer):
+    """How a mechanism and its parts are shared out: parameters along their first dimension, which is that of heads."""
+
+    def shard_param(self, module: nn.Module, param: str, mesh: Any) -> None:
+        """Leave of a parameter what belongs to the heads of this process."""
+        whole = module._parameters[param]
+        if whole is not None and not isinstance(whole, DTensor):
+            part = distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)
+            module._parameters[param] = nn.Parameter(part, requires_grad=whole.requires_grad)
+
+    def install_forward(self, module: nn.Module, mesh: Any) -> nn.Module:
+        """Let a mechanism attend with the heads of this process; its parts need nothing.
+
+        Raises:
+            ValueError: for a mechanism whose heads are not each by themselves, or whose number does not divide.
+        """
+        if hasattr(module, "share_heads"):
+            module.share_heads(mesh.size())  # type: ignore[operator]
+            module.forward = _locally(module, module.forward)
+        return module
+
+
+def register_style() -> None:
+    """Enter the style into transformers' table."""
+    style: Any = ByHead()
+    ALL_PARALLEL_STYLES.register(STYLE, style)
+
+
+def extend_plan(model: PreTrainedModel) -> None:
+    """Make the plan of tensor parallelism of `model`, if it has one, know its mechanisms; share them out if it is."""
+    plan = {name: style for name, style in (model._tp_plan or {}).items() if style != STYLE}
+    if not plan:
+        return
+    for name, module in model.named_modules():
+        mechanism: Any = getattr(module, "effattn", None)
+        if mechanism is None:
+            continue
+        plan |= {_generic(part): STYLE for part, _ in mechanism.named_modules(prefix=f"{name}.effattn")}
+        if mechanism.shares < (model._tp_size or 1):
+            _share_out(mechanism, _mesh_of(module))
+    model._tp_plan = plan
+
+
+def _share_out(mechanism: nn.Module, mesh: Any) -> None:
+    style = ALL_PARALLEL_STYLES[STYLE]
+    style.install_forward(mechanism, mesh)
+    for part in mechanism.modules():
+        for name, _ in list(part.named_parameters(recurse=False)):
+            style.shard_param(part, name, mesh)
+
+
+def _mesh_of(attention: nn.Module) -> Any:
+    """Return the mesh over which the projections of an attention module are shared out."""
+    mesh = next(p.device_mesh for p in attention.parameters() if isinstance(p, DTensor))
+    return mesh if mesh.ndim == 1 else mesh["tp"]
+
+
+def _generic(name: str) -> str:
+    """Return the name of a module with `*` for the numbers of layers."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _locally(mechanism: nn.Module, forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return the forward of a mechanism as it is computed with the parameters of this process."""
+
+    def local_forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        with ExitStack() as stack:
+            for part in mechanism.modules():
+                stack.enter_context(_local_parameters(part))
+            return forward(*args, **kwargs)
+
+    return local_forward
+
+
+@contextmanager
+def _local_parameters(module: nn.Module) -> Iterator[None]:
+    parameters: dict[str, Any] = module._parameters
+    whole = {name: x for name, x in parameters.items() if isinstance(x, DTensor)}
+    parameters.update({name: x.to_local() for name, x in whole.items()})
+    try:
+        yield
+    finally:
+        parameters.update(whole)

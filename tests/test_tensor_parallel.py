@@ -1,0 +1,82 @@
+"""Tensor parallelism: two processes that share the heads of a converted model compute what one does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import distributed_worker as worker
+import pytest
+import torch
+from matrix import DEFAULTS, Case, tiny_model
+from test_distributed import in_processes
+from training import student
+from transformers import AutoModelForCausalLM
+
+from hf_effattn import SparseConfig
+from hf_effattn.attention import HeadGeometry, make_mechanism
+from hf_effattn.patterns import PATTERNS, Pattern, Retention
+from hf_effattn.patterns.base import register_pattern
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return in_processes(["tensor_parallel"], tmp_path_factory.mktemp("tensor_parallel"))
+
+
+def assert_same(actual: worker.Outcome, net: torch.nn.Module) -> None:
+    expected = worker.results_of(net, worker.steps()[0])
+    torch.testing.assert_close(actual["logits"], expected["logits"], atol=1e-5, rtol=1e-5)
+    assert torch.equal(actual["generated"], expected["generated"])
+    assert actual["gradients"].keys() == expected["gradients"].keys()
+    for name, gradient in expected["gradients"].items():
+        torch.testing.assert_close(actual["gradients"][name], gradient, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def is_shared_out(case: Case) -> bool:
+    """Whether heads are alike, as the options say."""
+    return "recurrence" not in case.options and not case.name.startswith(("bigbird", "windows"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", worker.SHARED_OUT, ids=str)
+def test_half_of_the_heads_in_each_process_are_the_whole(case: Case, outcomes: Path) -> None:
+    actual = torch.load(outcomes / f"{case.name}.pt")
+    if not is_shared_out(case):
+        assert "cannot be shared out by tensor parallelism" in actual["refused"]
+        return
+    net = student("llama-gqa", case)
+    assert_same(actual, net)
+    saved = AutoModelForCausalLM.from_pretrained(outcomes / f"{case.name} again")
+    assert type(saved) is type(net)
+    for name, parameter in net.named_parameters():
+        assert torch.equal(saved.get_parameter(name), parameter)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", DEFAULTS, ids=str)
+def test_a_model_that_is_shared_out_can_be_converted_and_reverted(case: Case, outcomes: Path) -> None:
+    net = tiny_model("llama-gqa")
+    assert_same(torch.load(outcomes / f"{case} reverted.pt"), net)
+    net.zero_grad()
+    assert_same(torch.load(outcomes / f"{case} later.pt"), net.convert_attention(case.mechanism, **case.options))
+
+
+def test_patterns_of_which_nothing_is_known_are_not_shared_out() -> None:
+    @register_pattern("by_head")
+    def by_head(window: int) -> Pattern:
+        """A window for the first head alone (test only)."""
+        return Pattern(lambda b, h, q, k: (k <= q) & ((h > 0) | (q - k < window)), Retention())
+
+    try:
+        mechanism = make_mechanism(SparseConfig(pattern="by_head", window=3), HeadGeometry(4, 2, 16, 16))
+        with pytest.raises(ValueError, match="cannot be shared out by tensor parallelism: its heads may differ"):
+            mechanism.check_shares(2)
+    finally:
+        del PATTERNS._entries["by_head"]
+
+
+def test_heads_must_be_divisible() -> None:
+    mechanism = make_mechanism(SparseConfig(window=4), HeadGeometry(6, 3, 16, 16))
+    mechanism.share_heads(3)
+    with pytest.raises(ValueError, match="3 key/value heads cannot be shared out over 2 processes"):
+        mechanism.share_heads(2)
