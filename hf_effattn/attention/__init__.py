@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ..config import MechanismConfig
-from .base import MECHANISMS, Call, HeadGeometry, Mechanism
+from .base import MECHANISMS, Call, Mechanism
 from .by_head import ByHeadAttention
 from .evicting import EvictingAttention
+from .geometry import HeadGeometry
 from .hybrid import HybridAttention
 from .linear import LinearAttention
 from .rolling import RollingAttention

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -13,31 +12,9 @@ from ..cache import EffAttnCacheLayer, Pending
 from ..config import MechanismConfig
 from ..ops import ragged
 from ..registry import Registry
+from .geometry import HeadGeometry
 
 MECHANISMS: Registry[type[Mechanism]] = Registry("mechanism")
-
-
-@dataclass(frozen=True)
-class HeadGeometry:
-    """Number of query heads H, of key/value heads G, the head dimensions of queries and keys, D, and values, V, and the
-    size of the layer's input, for mechanisms that read it."""
-
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    value_dim: int
-    hidden_size: int | None = None
-
-    def softmax_flops(self, num_keys: int) -> int:
-        """Return the floating-point operations of one query's softmax attention over `num_keys` keys."""
-        return 2 * self.num_heads * (self.head_dim + self.value_dim) * num_keys
-
-    def check(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, shares: int = 1) -> None:
-        """Raise a ValueError unless tensors are of this geometry, or of one of `shares` equal parts of its heads."""
-        given = (query.shape[1], key.shape[1], key.shape[3], value.shape[3])
-        expected = (self.num_heads // shares, self.num_kv_heads // shares, self.head_dim, self.value_dim)
-        if given != expected or query.shape[3] != key.shape[3]:
-            raise ValueError(f"the layer was converted for H, G, D, V = {expected}, but attends with {given}")
 
 
 class Call(NamedTuple):
@@ -77,7 +54,6 @@ class Mechanism(nn.Module):
     before_rotary = False
     num_gates = 0  # E
     rolls = False  # whether it wants queries as they were before rotary, behind the others, and keys as they are
-    shares = 1  # of tensor parallelism: how many processes share the heads
     needs_queries = False  # whether its state depends on queries, too
     _z3_leaf = True  # tells DeepSpeed's ZeRO-3 to gather all of its parameters at once: passes back call parts of it
     undo_rotary: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None  # set where a layer rotates
@@ -86,6 +62,7 @@ class Mechanism(nn.Module):
         super().__init__()
         self.options = config  # not `config`: outside code takes a module's `config` for the model's
         self.geometry = geometry
+        self.own = geometry  # of the heads that it attends with: of a part of them under tensor parallelism
 
     @property
     def key_width(self) -> int:
@@ -118,24 +95,20 @@ class Mechanism(nn.Module):
         """Whether heads differ in nothing but parameters whose first dimension is that of query or key/value heads."""
         return True
 
-    def check_shares(self, shares: int) -> None:
+    def check_shares(self, number: int) -> None:
         """Raise a ValueError unless the heads can be shared out in so many equal parts, of neighbours each."""
-        if shares > 1 and not self.heads_are_alike:
+        if number > 1 and not self.heads_are_alike:
             raise ValueError(
                 f"{self.describe()} cannot be shared out by tensor parallelism: its heads may differ in more than "
                 "feature maps. Linear attention with recurrence='sum', patterns that are the same for all heads, "
                 "selectors and evictions can"
             )
-        if self.geometry.num_kv_heads % shares:
-            raise ValueError(
-                f"{self.geometry.num_kv_heads} key/value heads cannot be shared out over {shares} processes of tensor "
-                "parallelism; take a divisor"
-            )
+        self.geometry.part(number)
 
-    def share_heads(self, shares: int) -> None:
+    def share_heads(self, number: int) -> None:
         """From now on attend with one of so many parts of the heads."""
-        self.check_shares(shares)
-        self.shares = shares
+        self.check_shares(number)
+        self.own = self.geometry.part(number)
 
     def read_hidden(self, hidden: torch.Tensor) -> torch.Tensor:
         """Return what the mechanism wants to know of the layer's input `[B, T, ·]`: `[B, G, T, E]`."""
@@ -189,7 +162,7 @@ class Mechanism(nn.Module):
             before_rotary: Query and key before rotary, for mechanisms that ask for them.
             gates: What `read_hidden` returned, for mechanisms that read the layer's input.
         """
-        self.geometry.check(query, key, value, self.shares)
+        self.own.check(query, key, value)
         if self.before_rotary:
             assert before_rotary is not None
             query, key = (torch.cat(pair, dim=-1) for pair in zip((query, key), before_rotary, strict=True))
@@ -267,7 +240,7 @@ class Mechanism(nn.Module):
         call = Call(scale)
         if query is None:
             width = self.geometry.head_dim * (2 if self.before_rotary or self.rolls else 1)
-            query = key.new_zeros(key.shape[0], self.geometry.num_heads // self.shares, key.shape[2], width)
+            query = key.new_zeros(key.shape[0], self.own.num_heads, key.shape[2], width)
         if mask is not None:
             rows = ragged.front(mask)
             query, key, value = (rows.gather(x) for x in (query, key, value))

@@ -14,7 +14,8 @@ from ..ops.selected import Selection, choose_backend, selected_attention, step
 from ..ops.sparse.masked import attend, attend_causal
 from ..patterns import Retention
 from ..selectors import SELECTORS, BlockSelector
-from .base import MECHANISMS, Call, HeadGeometry, Mechanism
+from .base import MECHANISMS, Call, Mechanism
+from .geometry import HeadGeometry
 
 
 class SelectedState(NamedTuple):

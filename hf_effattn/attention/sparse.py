@@ -9,7 +9,8 @@ from ..config import SparseConfig
 from ..ops.sparse import banded, by_dimension, choose_backend, flex, gathered, masked, reference, single
 from ..ops.sparse.jobs import Places
 from ..patterns import Pattern
-from .base import MECHANISMS, Call, HeadGeometry, Mechanism
+from .base import MECHANISMS, Call, Mechanism
+from .geometry import HeadGeometry
 
 
 @MECHANISMS.register("sparse")

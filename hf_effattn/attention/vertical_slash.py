@@ -13,7 +13,8 @@ from ..ops.lines import Lines
 from ..ops.sparse import masked
 from ..patterns import Retention
 from ..selectors import VerticalSlash
-from .base import MECHANISMS, Call, HeadGeometry, Mechanism
+from .base import MECHANISMS, Call, Mechanism
+from .geometry import HeadGeometry
 
 
 class VerticalSlashState(NamedTuple):

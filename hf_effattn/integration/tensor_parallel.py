@@ -53,7 +53,7 @@ def extend_plan(model: PreTrainedModel) -> None:
         if mechanism is None:
             continue
         plan |= {_generic(part): STYLE for part, _ in mechanism.named_modules(prefix=f"{name}.effattn")}
-        if mechanism.shares < (model._tp_size or 1):
+        if (model._tp_size or 1) > 1 and mechanism.own == mechanism.geometry:
             _share_out(mechanism, _mesh_of(module))
     model._tp_plan = plan
 
