@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
-from matrix import DEFAULTS, ONE_CASE_EACH, Case, tiny_model, tokens
+from matrix import DEFAULTS, ONE_CASE_EACH, Case, shake, tiny_config, tokens
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -227,13 +227,20 @@ def zero_job(folder: Path) -> None:
         write(folder, f"zero-{model}-{case}", {"losses": losses_of(run), "parameters": gathered})
 
 
+def shareable(case: Case | None = None) -> Any:
+    """A tiny model, dense or converted, whose vocabulary can be shared out, too."""
+    torch.manual_seed(1)
+    net = AutoModelForCausalLM.from_config(tiny_config("llama-gqa", vocab_size=98))
+    return net if case is None else shake(net.convert_attention(case.mechanism, **case.options))
+
+
 def tensor_parallel_job(folder: Path) -> None:
     """Tensor parallelism: each process has half of the heads of converted models, which come from folders."""
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     for case in SHARED_OUT:
         source = folder / case.name
         if dist.get_rank() == 0:
-            student("llama-gqa", case).save_pretrained(source)
+            shareable(case).save_pretrained(source)
         dist.barrier()
         try:
             net = AutoModelForCausalLM.from_pretrained(source, tp_plan="auto")
@@ -245,7 +252,7 @@ def tensor_parallel_job(folder: Path) -> None:
         write(folder, case.name, results_of(net, steps()[0]))
         net.save_pretrained(folder / f"{case.name} again", is_main_process=dist.get_rank() == 0)
     if dist.get_rank() == 0:
-        tiny_model("llama-gqa").save_pretrained(folder / "dense")
+        shareable().save_pretrained(folder / "dense")
     dist.barrier()
     dense = AutoModelForCausalLM.from_pretrained(folder / "dense", tp_plan="auto")
     with pytest.raises(ValueError, match="cannot be shared out by tensor parallelism"):

@@ -12,7 +12,7 @@ import accelerate
 import pytest
 import torch
 from distributed_worker import NUM_STEPS, losses_of, rows_with_gaps, trainer
-from matrix import DEFAULTS, MODELS, Case, close, converted_model, shake, tiny_config, tiny_model, tokens
+from matrix import DEFAULTS, MODELS, Case, close, converted_model, shake, through, tiny_config, tiny_model, tokens
 from training import student
 from transformers import (
     AutoConfig,
@@ -105,7 +105,7 @@ def test_one_document_told_as_to_flash_kernels_may_have_a_cache(model: str, case
     plain = net(row, use_cache=True)
     assert torch.equal(told.logits, plain.logits)
     caches = (told.past_key_values, plain.past_key_values)
-    assert torch.equal(*(net(row[:, :1], past_key_values=cache).logits for cache in caches))
+    assert torch.equal(*(net(row[:, :1], **through(cache)).logits for cache in caches))
 
 
 @defaults

@@ -44,6 +44,7 @@ LET_DOCUMENTS_MEET = (
     "afmoe",
     "bailing_hybrid",
     "kimi_linear",
+    "lara_mini",
     "lfm3",
     "olmo_hybrid",
     "qwen3_5_moe_text",
@@ -150,9 +151,16 @@ def test_packed_documents_do_not_see_each_other(variant: str, case: Case) -> Non
     near(packed(model, ROWS), torch.cat([packed(model, [row]) for row in ROWS], dim=1))
 
 
+POSITIONS_ALONE = ("opt", "falcon", "roberta")
+of_the_pinned_version = pytest.mark.skipif(
+    f"transformers=={transformers.__version__}" not in PINNED, reason="others make masks for these families, or not"
+)
+
+
+@of_the_pinned_version
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize(("variant", "case"), in_turn(["opt", "falcon", "roberta"]), ids=str)
+@pytest.mark.parametrize(("variant", "case"), in_turn(POSITIONS_ALONE), ids=str)
 def test_compiled_models_that_know_documents_by_positions_alone_refuse_them(variant: str, case: Case) -> None:
     torch._dynamo.reset()
     model = model_of(variant, case)
@@ -162,25 +170,36 @@ def test_compiled_models_that_know_documents_by_positions_alone_refuse_them(vari
         packed(compiled, ROWS)
 
 
+@of_the_pinned_version
 @pytest.mark.slow
-def test_exported_models_that_know_documents_by_positions_alone_refuse_them() -> None:
-    model = model_of("opt", DEFAULTS[0])
-    one, two = torch.arange(30)[None], torch.cat((torch.arange(11), torch.arange(19)))[None]
+@pytest.mark.parametrize("variant", POSITIONS_ALONE)
+def test_exported_models_that_know_documents_by_positions_alone_refuse_them(variant: str) -> None:
+    model = model_of(variant, DEFAULTS[0])
+    one, two = torch.arange(30)[None] + 2, torch.cat((torch.arange(11), torch.arange(19)))[None] + 2
     with torch.no_grad():
         options = {"position_ids": one, "use_cache": False}
         program = torch.export.export(model, (IDS[:1],), options, strict=False).module()
         near(program(IDS[:1], **options).logits, model(IDS[:1], **options).logits)
-        with pytest.raises(RuntimeError, match="one document a row: position_ids must grow"):
+        with pytest.raises(RuntimeError, match="one document a row"):
             program(IDS[:1], position_ids=two, use_cache=False)
 
 
 @pytest.mark.parametrize(
-    "variant", [pytest.param(x, marks=pytest.mark.slow) if x in SLOW else x for x in LET_DOCUMENTS_MEET]
+    ("variant", "case"),
+    [
+        pytest.param(*pair, marks=pytest.mark.slow) if pair[0] in SLOW else pair
+        for pair in in_turn(x for x in LET_DOCUMENTS_MEET if x in VARIANTS)
+    ],
+    ids=str,
 )
-def test_where_documents_meet_they_do_so_in_the_dense_model(variant: str) -> None:
-    model = model_of(variant, None)
-    alone = torch.cat([packed(model, [row]) for row in ROWS], dim=1)
-    assert not torch.allclose(packed(model, ROWS), alone, atol=1e-2)
+def test_where_documents_meet_they_do_so_in_the_dense_model(variant: str, case: Case) -> None:
+    apart = []
+    for model in (model_of(variant, None), model_of(variant, case)):
+        alone = torch.cat([packed(model, [row]) for row in ROWS], dim=1)
+        apart.append(torch.allclose(packed(model, ROWS), alone, atol=1e-3))
+    assert apart[1] or not apart[0]
+    if f"transformers=={transformers.__version__}" in PINNED:
+        assert not apart[0], "off the list"
 
 
 @pytest.mark.slow

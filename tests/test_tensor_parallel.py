@@ -7,9 +7,8 @@ from pathlib import Path
 import distributed_worker as worker
 import pytest
 import torch
-from matrix import DEFAULTS, Case, tiny_model
+from matrix import DEFAULTS, Case
 from test_distributed import in_processes
-from training import student
 from transformers import AutoModelForCausalLM
 
 from hf_effattn import SparseConfig
@@ -28,8 +27,9 @@ def assert_same(actual: worker.Outcome, net: torch.nn.Module) -> None:
     torch.testing.assert_close(actual["logits"], expected["logits"], atol=1e-5, rtol=1e-5)
     assert torch.equal(actual["generated"], expected["generated"])
     assert actual["gradients"].keys() == expected["gradients"].keys()
-    for name, gradient in expected["gradients"].items():
-        torch.testing.assert_close(actual["gradients"][name], gradient, atol=1e-4, rtol=1e-4, msg=name)
+    for name, gradient in expected["gradients"].items():  # some have entries up to 80
+        tolerance = 1e-5 * max(1.0, float(gradient.abs().max()))
+        torch.testing.assert_close(actual["gradients"][name], gradient, atol=tolerance, rtol=0, msg=name)
 
 
 def is_shared_out(case: Case) -> bool:
@@ -44,7 +44,7 @@ def test_half_of_the_heads_in_each_process_are_the_whole(case: Case, outcomes: P
     if not is_shared_out(case):
         assert "cannot be shared out by tensor parallelism" in actual["refused"]
         return
-    net = student("llama-gqa", case)
+    net = worker.shareable(case)
     assert_same(actual, net)
     saved = AutoModelForCausalLM.from_pretrained(outcomes / f"{case.name} again")
     assert type(saved) is type(net)
@@ -55,7 +55,7 @@ def test_half_of_the_heads_in_each_process_are_the_whole(case: Case, outcomes: P
 @pytest.mark.slow
 @pytest.mark.parametrize("case", DEFAULTS, ids=str)
 def test_a_model_that_is_shared_out_can_be_converted_and_reverted(case: Case, outcomes: Path) -> None:
-    net = tiny_model("llama-gqa")
+    net = worker.shareable()
     assert_same(torch.load(outcomes / f"{case} reverted.pt"), net)
     net.zero_grad()
     assert_same(torch.load(outcomes / f"{case} later.pt"), net.convert_attention(case.mechanism, **case.options))
