@@ -6,13 +6,27 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import ONE_CASE_EACH, Case, shake, tiny_model, tokens
+from matrix import ONE_CASE_EACH, Case, close, shake, tiny_model, tokens
 
-from hf_effattn.attention import HeadGeometry, Mechanism, make_mechanism
+from hf_effattn.attention import Call, HeadGeometry, Mechanism, make_mechanism
+from hf_effattn.cache import KeyValueState
 from hf_effattn.config import make_config
 from hf_effattn.recurrences import RECURRENCES
 
 GEOMETRY = HeadGeometry(num_heads=4, num_kv_heads=2, head_dim=16, value_dim=16, hidden_size=24)
+
+
+def made(case: Case) -> Mechanism:
+    return make_mechanism(make_config(case.mechanism, case.options), GEOMETRY)
+
+
+def keeps_all(case: Case) -> bool:
+    """Whether the cache of a mechanism holds every key, in the slot of its position."""
+    store = getattr(made(case), "store", None)
+    return store is not None and store.window is None and made(case).backend() == "gathered"
+
+
+ALL_IN_SLOTS = [case for case in ONE_CASE_EACH if keeps_all(case)]
 
 
 def extras(mechanism: Mechanism, query: torch.Tensor, key: torch.Tensor) -> dict[str, Any]:
@@ -68,3 +82,39 @@ def test_loud_projections_stay_finite_under_autocast(case: Case, dtype: torch.dt
     logits.float().square().mean().backward()
     for parameter in net.parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all()
+
+
+def inputs_of(tokens: int) -> list[torch.Tensor]:
+    return [torch.randn(2, heads, tokens, 16) for heads in (4, 2, 2)]
+
+
+def answer(net: Mechanism, state: Any, inputs: list[torch.Tensor], low: int, high: int, **call: Any) -> Any:
+    return net.attend(state, *(x[:, :, low:high] for x in inputs), Call(0.25, **call))
+
+
+@pytest.mark.parametrize("number", [1, 5])
+@pytest.mark.parametrize("case", ALL_IN_SLOTS, ids=str)
+@torch.no_grad()
+def test_tokens_that_are_taken_back_leave_what_was_there(case: Case, number: int) -> None:
+    """A cache that records lets the next tokens fill empty slots, then goes on with others from the same state."""
+    net, inputs, other = made(case), inputs_of(400), inputs_of(number)
+    _, state = answer(net, None, inputs, 0, 390)
+    expected, after = answer(net, state, inputs, 390, 390 + number)
+    expected = torch.cat((expected, answer(net, after, inputs, 390 + number, 400)[0]), dim=2)
+    alone, _ = answer(net, state, other, 0, number)
+    tried, _ = answer(net, state, other, 0, number, may_fill=True, keep_state=False)
+    close(tried, alone)
+    actual, after = answer(net, state, inputs, 390, 390 + number, may_fill=True)
+    last, _ = answer(net, after, inputs, 390 + number, 400, in_place=True, may_fill=True)
+    close(torch.cat((actual, last), dim=2), expected)
+
+
+@pytest.mark.parametrize("case", ALL_IN_SLOTS, ids=str)
+@torch.no_grad()
+def test_tokens_go_behind_others_without_a_copy_of_these(case: Case) -> None:
+    net, inputs = made(case), inputs_of(400)
+    states = [answer(net, None, inputs, 0, 390)[1]]
+    states.append(answer(net, states[0], inputs, 390, 396, in_place=True, may_fill=True)[1])
+    before, after = (state if isinstance(state, KeyValueState) else state.store for state in states)
+    assert (before.keys.data_ptr(), before.values.data_ptr()) == (after.keys.data_ptr(), after.values.data_ptr())
+    assert int(after.positions.max()) == 395

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ..config import MechanismConfig
-from .base import MECHANISMS, Call, Mechanism
+from .base import MECHANISMS, Mechanism
 from .by_head import ByHeadAttention
+from .call import Call
 from .evicting import EvictingAttention
 from .geometry import HeadGeometry
 from .hybrid import HybridAttention

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,27 +12,10 @@ from ..cache import EffAttnCacheLayer, Pending
 from ..config import MechanismConfig
 from ..ops import ragged
 from ..registry import Registry
+from .call import Call
 from .geometry import HeadGeometry
 
 MECHANISMS: Registry[type[Mechanism]] = Registry("mechanism")
-
-
-class Call(NamedTuple):
-    """How one call of a mechanism is to be computed.
-
-    Args:
-        scale: Factor of the softmax scores.
-        lengths: Real tokens of each row `[B]`, which come first; None for all.
-        dropout: Probability with which softmax weights are dropped.
-        in_place: Whether the given state may be overwritten.
-        keep_state: Whether the state after the call will be used; without, it may be any state.
-    """
-
-    scale: float
-    lengths: torch.Tensor | None = None
-    dropout: float = 0.0
-    in_place: bool = False
-    keep_state: bool = True
 
 
 class Mechanism(nn.Module):
@@ -173,7 +156,8 @@ class Mechanism(nn.Module):
             assert gates is not None
             key = torch.cat((key, gates.to(key.dtype)), dim=-1)
         keep = cache_layer is not None and not cache_layer.record_past
-        call = Call(scale, dropout=dropout, in_place=keep and not torch.is_grad_enabled(), keep_state=keep)
+        may_fill = cache_layer is not None and not torch.is_grad_enabled()
+        call = Call(scale, dropout=dropout, in_place=keep and may_fill, may_fill=may_fill, keep_state=keep)
         if cache_layer is not None:
             return self._attend_cached(query, key, value, segments, cache_layer, call)
         if segments is None or _only_trailing_padding(segments):
@@ -208,7 +192,7 @@ class Mechanism(nn.Module):
         cache_layer: EffAttnCacheLayer,
         call: Call,
     ) -> torch.Tensor:
-        state = cache_layer.past(lambda state, tokens: self._advance(state, tokens, call.scale))
+        state = cache_layer.past(lambda state, tokens, is_last: self._advance(state, tokens, is_last, call))
         if mask is None:
             output, state = self.attend(state, query, key, value, call)
         else:
@@ -221,8 +205,13 @@ class Mechanism(nn.Module):
         cache_layer.commit(state, Pending(key, value, mask, query if self.needs_queries else None))
         return output
 
-    def _advance(self, state: Any, tokens: Pending, scale: float) -> Any:
-        """Return the state after `tokens`, whose outputs were computed before."""
+    def _advance(self, state: Any, tokens: Pending, is_last: bool, call: Call) -> Any:
+        """Return the state after `tokens`, whose outputs were computed before.
+
+        Args:
+            is_last: Whether nothing else will go on from `state`.
+            call: The one that asks for it.
+        """
         key, value, mask, query = tokens
         if self.needs_queries and query is None:
             raise ValueError(
@@ -237,7 +226,7 @@ class Mechanism(nn.Module):
                     "Start with a new cache after converting"
                 )
             key = torch.cat((key, key), dim=-1)
-        call = Call(scale)
+        call = Call(call.scale, in_place=is_last and call.may_fill, may_fill=call.may_fill)
         if query is None:
             width = self.geometry.head_dim * (2 if self.before_rotary or self.rolls else 1)
             query = key.new_zeros(key.shape[0], self.own.num_heads, key.shape[2], width)

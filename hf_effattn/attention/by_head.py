@@ -12,7 +12,8 @@ from torch import nn
 from ..cache import KeyValueState
 from ..config import SparseConfig
 from ..patterns import Pattern
-from .base import MECHANISMS, Call, Mechanism
+from .base import MECHANISMS, Mechanism
+from .call import Call
 from .geometry import HeadGeometry
 from .sparse import SparseAttention, resolve_for
 

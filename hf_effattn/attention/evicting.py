@@ -12,7 +12,8 @@ from ..config import SparseConfig
 from ..evictions import EVICTIONS, Evidence
 from ..notation import may_overwrite
 from ..ops.sparse import masked, weighed
-from .base import MECHANISMS, Call, Mechanism
+from .base import MECHANISMS, Mechanism
+from .call import Call
 from .geometry import HeadGeometry
 
 

@@ -13,7 +13,8 @@ from ..notation import may_overwrite
 from ..ops.hybrid import HybridOptions, hybrid_attention, step
 from ..ops.linear import LinearState, recurrent
 from ..patterns import Retention
-from .base import MECHANISMS, Call
+from .base import MECHANISMS
+from .call import Call
 from .geometry import HeadGeometry
 from .linear import LinearAttention
 

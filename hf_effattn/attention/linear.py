@@ -11,7 +11,8 @@ from ..feature_maps import FEATURE_MAPS
 from ..notation import may_overwrite
 from ..ops.linear import LinearState, Plan, empty_state, linear_attention, recurrent, triton
 from ..recurrences import RECURRENCES, Recurrence, RecurrenceShape
-from .base import MECHANISMS, Call, Mechanism
+from .base import MECHANISMS, Mechanism
+from .call import Call
 from .geometry import HeadGeometry
 
 

@@ -9,7 +9,8 @@ import torch
 from ..cache import KeyValueState
 from ..config import SparseConfig
 from ..notation import compute_dtype
-from .base import MECHANISMS, Call
+from .base import MECHANISMS
+from .call import Call
 from .geometry import HeadGeometry
 from .sparse import SparseAttention
 

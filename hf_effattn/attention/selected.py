@@ -14,8 +14,11 @@ from ..ops.selected import Selection, choose_backend, selected_attention, step
 from ..ops.sparse.masked import attend, attend_causal
 from ..patterns import Retention
 from ..selectors import SELECTORS, BlockSelector
-from .base import MECHANISMS, Call, Mechanism
+from .base import MECHANISMS, Mechanism
+from .call import Call
 from .geometry import HeadGeometry
+
+FEW = 4  # as many keys, over all there are, may queries select that are computed one by one
 
 
 class SelectedState(NamedTuple):
@@ -65,9 +68,18 @@ class SelectedAttention(Mechanism):
                 return attend_causal(query, keys, values, call.scale), state
             return attend(query, keys, values, None, call.scale), state
         tensors = (query, state.store.keys, state.store.values, state.summary, positions, self.selection(call.scale))
-        if tokens == 1 and self.options.backend != "reference":
+        if self.options.backend == "reference" or not self._are_few(query, state.store):
+            return selected_attention(*tensors, backend=self.options.backend), state
+        if tokens == 1:
             return step(*tensors), state
-        return selected_attention(*tensors, backend=self.options.backend), state
+        each = zip(query.split(1, dim=2), positions.split(1, dim=1), strict=True)
+        return torch.cat([step(q, *tensors[1:4], at, tensors[5]) for q, at in each], dim=2), state
+
+    def _are_few(self, query: torch.Tensor, store: KeyValueState) -> bool:
+        """Whether queries are fastest one by one, each with the blocks it selects."""
+        tokens = query.shape[2]
+        plain = self.options.backend == "auto" and query.device.type == "cpu" and not torch.compiler.is_compiling()
+        return tokens == 1 or (plain and tokens * self.num_blocks * self.block_size <= FEW * store.most)
 
     def _sees_all(self, store: KeyValueState, tokens: int) -> bool:
         """Whether the store holds no more blocks than a query selects, and its queries are the last token of each row,
@@ -87,10 +99,11 @@ class SelectedAttention(Mechanism):
             empty = self.store.empty(key, value)
             state = SelectedState(empty, self._summary(empty))
         before = self.store.matching(state.store, key)
-        store = self.store.append(before, key, value, call.lengths, call.in_place)
+        store = self.store.append(before, key, value, call.lengths, call.in_place, call.may_fill)
         if key.shape[2] == 1:
             return SelectedState(store, self._extended(state.summary, before, store, key, call))
-        return SelectedState(store, self._summary(store))
+        first = before.least // self.block_size  # blocks before it have got nothing new
+        return SelectedState(store, torch.cat((state.summary[:, :, :first], self._summary(store, first)), dim=2))
 
     def fixed(self, state: SelectedState, max_length: int) -> SelectedState:
         store = self.store.fixed(state.store, max_length)
@@ -117,10 +130,10 @@ class SelectedAttention(Mechanism):
     def describe(self) -> str:
         return f"sparse {self.options.selector}(block_size={self.block_size}, num_blocks={self.num_blocks})"
 
-    def _summary(self, store: KeyValueState) -> torch.Tensor:
-        """Summaries of all blocks of the store, the one that is not full included."""
-        keys = store.keys.detach().unflatten(2, (-1, self.block_size))
-        real = (store.positions >= 0).view(store.positions.shape[0], 1, *keys.shape[2:4], 1)
+    def _summary(self, store: KeyValueState, first: int = 0) -> torch.Tensor:
+        """Summaries of the blocks of the store from `first` on, the one that is not full included."""
+        keys = store.keys.detach().unflatten(2, (-1, self.block_size))[:, :, first:]
+        real = store.positions.unflatten(1, (-1, self.block_size))[:, None, first:, :, None] >= 0
         return self.selector.summary(keys, real)
 
     def _extended(

@@ -9,7 +9,8 @@ from ..config import SparseConfig
 from ..ops.sparse import banded, by_dimension, choose_backend, flex, gathered, masked, reference, single
 from ..ops.sparse.jobs import Places
 from ..patterns import Pattern
-from .base import MECHANISMS, Call, Mechanism
+from .base import MECHANISMS, Mechanism
+from .call import Call
 from .geometry import HeadGeometry
 
 
@@ -50,6 +51,8 @@ class SparseAttention(Mechanism):
             if self._reads_seen_alone(state, backend, call):
                 return self._attend_seen(state, query, call), state
             return self._attend_one(state, query, call), state
+        if backend == "gathered" and state.most and self._goes_behind(state, call):
+            return self._attend_behind(state, query, key, value, call)
         if backend == "banded":
             output = self._attend_band(state, query, key, value, call)
         elif backend in ("gathered", "flex") and not self._needs_masks(call):
@@ -140,6 +143,19 @@ class SparseAttention(Mechanism):
                 f"backend {self.options.backend!r} has no attention dropout; use 'auto', or set attention_dropout to 0"
             )
         return self.options.backend == "auto" and (call.dropout > 0 or torch.compiler.is_compiling())
+
+    def _goes_behind(self, state: KeyValueState, call: Call) -> bool:
+        """Whether several tokens can be written behind all others, each into the slot of its position."""
+        plain = call.may_fill and call.lengths is None and not self._needs_masks(call)
+        return plain and self.store.window is None and state.least == state.most
+
+    def _attend_behind(
+        self, state: KeyValueState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call
+    ) -> tuple[torch.Tensor, KeyValueState]:
+        """Attend with several tokens over a state that keeps every key, which is not copied."""
+        places = Places(state.most)
+        state = self.store.append(state, key, value, in_place=call.in_place, may_fill=True)
+        return gathered.sparse_attention(query, state.keys, state.values, self.pattern, places, call.scale), state
 
     def _attend_places(
         self, state: KeyValueState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call

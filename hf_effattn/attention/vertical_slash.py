@@ -13,7 +13,8 @@ from ..ops.lines import Lines
 from ..ops.sparse import masked
 from ..patterns import Retention
 from ..selectors import VerticalSlash
-from .base import MECHANISMS, Call, Mechanism
+from .base import MECHANISMS, Mechanism
+from .call import Call
 from .geometry import HeadGeometry
 
 
@@ -67,7 +68,7 @@ class VerticalSlashAttention(Mechanism):
         old = state.store
         if not old.most and tokens <= size and not call.keep_state:
             return masked.attend_causal(query, key, value, call.scale, call.dropout), state
-        store = self.store.append(old, key, value, call.lengths, call.in_place)
+        store = self.store.append(old, key, value, call.lengths, call.in_place, call.may_fill)
         if tokens == 1:
             output, chosen = self._attend_one(state, query, store, call)
             return output, self._joined(store, [chosen])

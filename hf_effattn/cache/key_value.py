@@ -57,16 +57,21 @@ class KeyValueStore(Slots):
         value: torch.Tensor,
         lengths: torch.Tensor | None = None,
         in_place: bool = False,
+        may_fill: bool = False,
     ) -> KeyValueState:
         """Return the state after the tokens key `[B, G, T, D]`, value `[B, G, T, V]`.
 
         Args:
             lengths: Real tokens of each row `[B]`, which come first; None for T.
             in_place: Whether the tensors of `state` may be overwritten.
+            may_fill: Whether at least its empty slots may be: then `state` stays as it is, but a state that came of it
+                in this way before does not.
         """
         tokens = key.shape[2]
         if tokens == 1 and lengths is None and in_place and may_overwrite(state.keys):
             return self._append_one(state, key, value)
+        if (in_place or may_fill) and lengths is None and self._has_no_ring(state) and may_overwrite(state.keys):
+            return self._append_behind(state, key, value, in_place)
         added = key.new_full((key.shape[0],), tokens, dtype=torch.int64) if lengths is None else lengths
         num_tokens = state.num_tokens + added
         least = state.least
@@ -163,6 +168,22 @@ class KeyValueStore(Slots):
         keys, values = (functional.pad(x, (0, 0, 0, missing)) for x in (state.keys, state.values))
         positions = functional.pad(state.positions, (0, missing), value=-1)
         return state._replace(keys=keys, values=values, positions=positions)
+
+    def _has_no_ring(self, state: KeyValueState) -> bool:
+        """Whether all is kept, each position in its own slot, and all rows are as long."""
+        return self.window is None and state.least == state.most
+
+    def _append_behind(
+        self, state: KeyValueState, key: torch.Tensor, value: torch.Tensor, in_place: bool
+    ) -> KeyValueState:
+        """Append tokens behind all others, without a copy of these (but where storage grows)."""
+        start, end = state.most, state.most + key.shape[2]
+        state = self._grown(state, self.num_slots(end))
+        positions = state.positions if in_place else state.positions.clone()
+        state.keys[:, :, start:end].copy_(key)
+        state.values[:, :, start:end].copy_(value)
+        positions[:, start:end] = torch.arange(start, end, device=positions.device)
+        return KeyValueState(state.keys, state.values, positions, state.num_tokens + key.shape[2], end, end)
 
     def _append_one(self, state: KeyValueState, key: torch.Tensor, value: torch.Tensor) -> KeyValueState:
         state = self._grown(state, self.num_slots(state.most + 1))

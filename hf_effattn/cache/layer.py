@@ -94,16 +94,18 @@ class EffAttnCacheLayer(LinearAttentionCacheLayerMixin, CacheLayerMixin):
             )
         self.num_announced = 0
 
-    def past(self, advance: Callable[[State, Pending], State]) -> State:
+    def past(self, advance: Callable[[State, Pending, bool], State]) -> State:
         """Return the state before the new tokens.
 
         Args:
-            advance: `(state, tokens) -> state`, of the mechanism; must not overwrite the state it is given.
+            advance: `(state, tokens, is_last) -> state`, of the mechanism; may overwrite the state that it is given if
+                nothing else will go on from it.
         """
         if self.pending is None:
             return self.state
-        state = advance(self.state, self.pending)
-        if self.confirmed or not self.record_past:
+        is_last = self.confirmed or not self.record_past
+        state = advance(self.state, self.pending, is_last)
+        if is_last:
             self.state, self.pending, self.confirmed = state, None, False
         return state
 

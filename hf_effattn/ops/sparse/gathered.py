@@ -122,8 +122,10 @@ def _take(x: torch.Tensor, keys: Entries | torch.Tensor, num_heads: int) -> torc
     rows = x.transpose(1, 2)  # [B, S, G, D], the layout of a projection
     if keys.ndim == 1:
         return rows.index_select(1, keys).transpose(1, 2)
-    flat = keys * x.shape[1] + read_by(x, num_heads)[:, None]
-    return rows.flatten(1, 2).index_select(1, flat.flatten()).unflatten(1, keys.shape)
+    head = read_by(x, num_heads)[:, None]
+    flat = head * x.shape[2] + keys if x.is_contiguous() else keys * x.shape[1] + head
+    whole = x if x.is_contiguous() else rows  # of a store, and of a projection
+    return whole.flatten(1, 2).index_select(1, flat.flatten()).unflatten(1, keys.shape)
 
 
 def _give(total: torch.Tensor, keys: Entries | torch.Tensor, part: torch.Tensor) -> None:
