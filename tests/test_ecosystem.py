@@ -124,6 +124,8 @@ def test_lengths_that_say_something_else_are_refused(model: str, case: Case) -> 
         ends = [None if x is None else torch.tensor(x, dtype=torch.int32) for x in given]
         with pytest.raises(ValueError, match=message):
             net(**batch, cu_seq_lens_q=ends[0], cu_seq_lens_k=ends[1], use_cache=False)
+    with pytest.raises(ValueError, match="as tensors"):
+        net(**batch, cu_seq_lens_q=[0, 41], cu_seq_lens_k=[0, 41], use_cache=False)
     ends = torch.tensor([0, 24], dtype=torch.int32)
     with pytest.raises(ValueError, match="and 2 rows"):
         net(IDS, cu_seq_lens_q=ends, cu_seq_lens_k=ends, use_cache=False)

@@ -167,8 +167,8 @@ def read_lengths(
             documents begin elsewhere by `position_ids` or the mask.
     """
     batch, _, tokens, _ = query.shape
-    if any(x is None for x in (of_queries, of_keys)):
-        raise ValueError("cu_seq_lens_q and cu_seq_lens_k must both be given, or none of them")
+    if not all(isinstance(x, torch.Tensor) for x in (of_queries, of_keys)):
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k must both be given, as tensors, or none of them")
     if not torch.compiler.is_compiling():
         numbers, same = of_queries.tolist(), of_queries.tolist() == of_keys.tolist()
         if not same or batch != 1 or numbers[:1] != [0] or numbers[-1:] != [tokens] or numbers != sorted(numbers):

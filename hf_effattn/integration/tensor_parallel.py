@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+
+if torch.distributed.is_available():  # some builds of PyTorch lack it
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 STYLE = "effattn"  # what transformers' plans call it
 
