@@ -77,7 +77,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 bench: $(INSTALLED)
-	$(BIN)/python recipes/benchmark.py --suite prefill decode train memory --out recipes/results/cpu-float32.json
+	$(BIN)/python recipes/benchmark.py --suite prefill decode draft train memory --out recipes/results/cpu-float32.json
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info demo_output

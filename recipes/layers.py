@@ -29,6 +29,7 @@ TRITON = {  # measured on CUDA devices only
 }
 FLEX = {f"{name}, flex": replace(x, backend="flex") for name, x in CONFIGS.items() if isinstance(x, SparseConfig)}
 DECODED = {"moba 16 of 64": SparseConfig(selector="moba")}  # measured in decoding only
+DRAFTED = {"quest 64 of 16": SparseConfig(selector="quest")}  # measured in drafts only
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,11 @@ class Bench:
         return [x.to(self.device, self.dtype).transpose(1, 2) for x in made]
 
     def mechanism(self, name: str) -> torch.nn.Module:
-        return make_mechanism((CONFIGS | TRITON | FLEX | DECODED)[name], self.heads).to(self.device, self.dtype).eval()
+        return (
+            make_mechanism((CONFIGS | TRITON | FLEX | DECODED | DRAFTED)[name], self.heads)
+            .to(self.device, self.dtype)
+            .eval()
+        )
 
     def chunk_flops(self, features: int, chunk: int) -> int:
         """Floating-point operations a token of linear attention in chunks, its products within a chunk in full."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
-from layers import DECODED, FLEX, Bench
+from layers import DECODED, DRAFTED, FLEX, Bench
 from models import load
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -24,6 +24,7 @@ Run = Callable[[], object]
 MASKED_TO, FLEX_TO = 4096, 16384
 QUADRATIC_TO = 2048  # tokens up to which the plain quadratic form is measured
 OWN_WINDOWS = (256, 1024)  # of the cache that transformers has for them
+DRAFT = 8  # tokens that are looked at and taken back
 FEATURES = 128  # of the variant whose features are given
 GIVEN = "linear, features given"
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {  # of the whole model
@@ -143,7 +144,47 @@ def _preallocated_step(k: torch.Tensor, v: torch.Tensor, one: list[torch.Tensor]
     return step
 
 
+def draft(bench: Bench, length: int) -> dict[str, Run]:
+    """The last tokens of `length`, at once, and taken back: what assisted decoding asks of the model that decides."""
+    tensors = bench.inputs(length)
+    text, last = ([x[:, :, part] for x in tensors] for part in (slice(length - DRAFT), slice(length - DRAFT, None)))
+    runs = {**yardstick(bench), "dense DynamicCache": _dense_draft(text, last)}
+    names = [name for name in (*bench.names, *DECODED, *DRAFTED) if name not in FLEX]
+    return runs | {name: _converted_draft(bench, name, text, last) for name in names}
+
+
+def _dense_draft(text: list[torch.Tensor], last: list[torch.Tensor]) -> Run:
+    layer = DynamicLayer()
+    layer.update(*text[1:])
+    past = text[1].shape[2]
+    mask = torch.ones(DRAFT, past + DRAFT, dtype=torch.bool, device=text[1].device).tril(past)
+
+    def step() -> None:
+        keys, values = layer.update(last[1], last[2])
+        scaled_dot_product_attention(last[0], keys, values, attn_mask=mask, enable_gqa=True)
+        layer.crop(-DRAFT)
+
+    return step
+
+
+def _converted_draft(bench: Bench, name: str, text: list[torch.Tensor], last: list[torch.Tensor]) -> Run:
+    call, layer = _call(bench, name, text)
+    layer.record_past = True
+
+    def step() -> None:
+        call(*last)
+        layer.crop(-DRAFT)
+
+    return step
+
+
 def _converted_step(bench: Bench, name: str, text: tuple[torch.Tensor, ...], one: list[torch.Tensor]) -> Run:
+    call, _ = _call(bench, name, text)
+    return lambda: call(*one)
+
+
+def _call(bench: Bench, name: str, text: Sequence[torch.Tensor]) -> tuple[Callable[..., None], EffAttnCacheLayer]:
+    """Return what computes a layer for more tokens behind a text, and the layer of its cache."""
     net, layer = bench.mechanism(name), EffAttnCacheLayer()
 
     def call(*tokens: torch.Tensor) -> None:
@@ -152,11 +193,11 @@ def _converted_step(bench: Bench, name: str, text: tuple[torch.Tensor, ...], one
         layer.claim(tokens[1].shape[2])
         net(*tokens, scale=bench.scale, cache_layer=layer)
 
-    if name in DECODED:
+    if name in (*DECODED, *DRAFTED):
         layer.ingest(*text[1:])  # without the time of a prefill
     else:
         call(*text)
-    return lambda: call(*one)
+    return call, layer
 
 
 def train(bench: Bench, length: int) -> dict[str, Run]:

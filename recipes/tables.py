@@ -9,6 +9,7 @@ BASELINES = {
     "prefill": "dense SDPA",
     "crossover": "dense SDPA",
     "decode": "dense DynamicCache",
+    "draft": "dense DynamicCache",
     "train": "dense SDPA",
     "model": "dense",
 }

@@ -60,10 +60,19 @@ def test_a_text_too_short_to_show_anything_is_refused(demo: ModuleType) -> None:
 def test_the_benchmark_writes_numbers_and_tables(tmp_path: Path) -> None:
     out = tmp_path / "results" / "tiny.json"
     arguments = ["--lengths", "64", "128", "--rounds", "1", "--out", str(out)]
-    command = [sys.executable, str(RECIPES / "benchmark.py"), "--suite", "prefill", "decode", "train", *arguments]
+    command = [
+        sys.executable,
+        str(RECIPES / "benchmark.py"),
+        "--suite",
+        "prefill",
+        "decode",
+        "draft",
+        "train",
+        *arguments,
+    ]
     subprocess.run(command, check=True, capture_output=True)
     result = json.loads(out.read_text())
-    assert set(result["seconds"]) == {"prefill", "decode", "train"}
+    assert set(result["seconds"]) == {"prefill", "decode", "draft", "train"}
     assert all(seconds > 0 for best in result["seconds"]["decode"].values() for seconds in best.values())
     assert "streaming 256+4" in out.with_suffix(".md").read_text()
     assert out.with_suffix(".png").stat().st_size > 0
