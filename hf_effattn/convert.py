@@ -189,7 +189,7 @@ def _finish(model: PreTrainedModel, targets: Targets) -> None:
 def _make(config: MechanismConfig, targets: Targets, index: int, model: PreTrainedModel) -> Mechanism:
     module = targets.modules[index]
     mechanism = make_mechanism(config, HeadGeometry(*head_counts(module, model.config)))
-    mechanism.check_shares(model._tp_size or 1)
+    mechanism.check_shares(integration.num_shares(model, module))
     if mechanism.rolls:
         mechanism.rotate = find_rotation(targets.architecture, module, model)  # type: ignore[assignment]
     if mechanism.before_rotary or mechanism.rolls:

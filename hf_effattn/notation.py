@@ -78,7 +78,10 @@ def coarse(x: torch.Tensor) -> torch.Tensor:
 
 
 def may_overwrite(x: torch.Tensor) -> bool:
-    """Whether operations in place are allowed on `x` here: not outside inference mode if it was made inside."""
+    """Whether operations in place are allowed on `x` here: not outside inference mode if it was made inside, and not if
+    a pass back may still need it."""
+    if x.requires_grad:
+        return False
     return torch.compiler.is_compiling() or not x.is_inference() or torch.is_inference_mode_enabled()
 
 

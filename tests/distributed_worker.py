@@ -11,11 +11,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import families
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin, PartialState
-from matrix import DEFAULTS, ONE_CASE_EACH, Case, shake, tiny_config, tokens
+from matrix import DEFAULTS, ONE_CASE_EACH, Case, shake, tokens
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -48,6 +49,7 @@ SHARED_OUT = [
     *(Case(name, "sparse", {"eviction": name, "capacity": 12}) for name in EVICTIONS),
     Case("rolling", "sparse", {"window": 6, "num_sinks": 2, "position_mode": "rolling"}),
 ]
+WHOLE_HEADS = ("olmo2", "phi3", "deepseek_v3")  # whose plans leave all heads in all processes
 UNEVEN = Case("uneven", "linear", {"window": 16, "num_sinks": 2})  # some texts leave the window, some do not
 Outcome = dict[str, Any]
 
@@ -227,10 +229,10 @@ def zero_job(folder: Path) -> None:
         write(folder, f"zero-{model}-{case}", {"losses": losses_of(run), "parameters": gathered})
 
 
-def shareable(case: Case | None = None) -> Any:
+def shareable(case: Case | None = None, family: str = "llama") -> Any:
     """A tiny model, dense or converted, whose vocabulary can be shared out, too."""
     torch.manual_seed(1)
-    net = AutoModelForCausalLM.from_config(tiny_config("llama-gqa", vocab_size=98))
+    net = AutoModelForCausalLM.from_config(families.tiny_config(family, vocab_size=98))
     return net if case is None else shake(net.convert_attention(case.mechanism, **case.options))
 
 
@@ -253,7 +255,16 @@ def tensor_parallel_job(folder: Path) -> None:
         net.save_pretrained(folder / f"{case.name} again", is_main_process=dist.get_rank() == 0)
     if dist.get_rank() == 0:
         shareable().save_pretrained(folder / "dense")
+        for family in WHOLE_HEADS:
+            shareable(DEFAULTS[0], family).save_pretrained(folder / family)
+            shareable(None, family).save_pretrained(folder / f"{family} dense")
     dist.barrier()
+    for family in WHOLE_HEADS:
+        net = AutoModelForCausalLM.from_pretrained(folder / family, tp_plan="auto")
+        write(folder, f"{family} loaded", results_of(net, steps()[0]))
+        net = AutoModelForCausalLM.from_pretrained(folder / f"{family} dense", tp_plan="auto")
+        shake(net.convert_attention(DEFAULTS[0].mechanism, **DEFAULTS[0].options))
+        write(folder, f"{family} later", results_of(net, steps()[0]))
     dense = AutoModelForCausalLM.from_pretrained(folder / "dense", tp_plan="auto")
     with pytest.raises(ValueError, match="cannot be shared out by tensor parallelism"):
         dense.convert_attention("sparse", pattern="bigbird")

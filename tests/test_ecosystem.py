@@ -97,10 +97,31 @@ def test_documents_may_be_told_as_to_flash_kernels(model: str, case: Case, layer
 
 
 @defaults
+@on_every_model
+def test_padding_does_not_let_documents_meet(model: str, case: Case) -> None:
+    """Between them, behind them, or in another row: positions of real tokens tell."""
+    net, (first, second) = converted_model(model, case), (DOCUMENTS[0], DOCUMENTS[2])
+    ids = torch.zeros(2, 34, dtype=torch.int64)
+    positions, real = torch.ones_like(ids), torch.zeros_like(ids)
+    for row, start in ((0, 11), (1, 14)):
+        for document, low in ((first, 0), (second, start)):
+            at = slice(low, low + len(document))
+            ids[row, at], positions[row, at], real[row, at] = document, torch.arange(len(document)), 1
+    logits = net(ids, attention_mask=real, position_ids=positions, use_cache=False).logits
+    for document, low in ((first, 0), (second, 11)):
+        close(logits[0, low : low + len(document)], net(document[None], use_cache=False).logits[0])
+    close(logits[1, 14:31], logits[0, 11:28])
+    one = net(IDS, attention_mask=torch.ones_like(IDS), use_cache=False).logits
+    mask = torch.ones_like(IDS)
+    mask[1, :3] = 0
+    close(net(IDS, attention_mask=mask, position_ids=torch.arange(24)[None], use_cache=False).logits[0], one[0])
+
+
+@defaults
 @on_two_models
 def test_one_document_told_as_to_flash_kernels_may_have_a_cache(model: str, case: Case) -> None:
     net, row = converted_model(model, case), DOCUMENTS[2][None]
-    ends = torch.tensor([0, row.shape[1]], dtype=torch.int32)
+    ends = torch.tensor([0, row.shape[1], row.shape[1]], dtype=torch.int32)  # filled up, as some do
     told = net(row, cu_seq_lens_q=ends, cu_seq_lens_k=ends, use_cache=True)
     plain = net(row, use_cache=True)
     assert torch.equal(told.logits, plain.logits)
@@ -114,6 +135,7 @@ def test_lengths_that_say_something_else_are_refused(model: str, case: Case) -> 
     net, batch = converted_model(model, case), flattened()
     wrong = {
         "both be given": ([0, 11, 41], None),
+        "of one dimension": (41, 41),
         "the same numbers": ([0, 11, 41], [0, 12, 41]),
         "from 0 to T = 41": ([0, 11, 40], [0, 11, 40]),
         "that grow from 0": ([0, 14, 11, 41], [0, 14, 11, 41]),

@@ -118,3 +118,24 @@ def test_tokens_go_behind_others_without_a_copy_of_these(case: Case) -> None:
     before, after = (state if isinstance(state, KeyValueState) else state.store for state in states)
     assert (before.keys.data_ptr(), before.values.data_ptr()) == (after.keys.data_ptr(), after.values.data_ptr())
     assert int(after.positions.max()) == 395
+
+
+@pytest.mark.parametrize("number", [1, 5])
+@pytest.mark.parametrize("case", ALL_IN_SLOTS, ids=str)
+def test_what_a_pass_back_needs_is_not_overwritten(case: Case, number: int) -> None:
+    net, inputs = made(case), [x.requires_grad_() for x in inputs_of(400)]
+    output, state = answer(net, None, inputs, 0, 390)
+    with torch.no_grad():
+        answer(net, state, inputs, 390, 390 + number, in_place=True, may_fill=True)
+    output.sum().backward()
+
+
+@pytest.mark.parametrize("number", [1, 5])
+@pytest.mark.parametrize("case", ALL_IN_SLOTS, ids=str)
+def test_a_prompt_in_inference_mode_may_be_followed_by_other_modes_and_dtypes(case: Case, number: int) -> None:
+    net, inputs = made(case), inputs_of(400)
+    with torch.inference_mode():
+        _, state = answer(net, None, [x.bfloat16() for x in inputs], 0, 390)
+    with torch.no_grad():
+        output, _ = answer(net, state, inputs, 390, 390 + number, in_place=True, may_fill=True)
+    assert output.isfinite().all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import distributed_worker as worker
@@ -11,8 +13,9 @@ from matrix import DEFAULTS, Case
 from test_distributed import in_processes
 from transformers import AutoModelForCausalLM
 
-from hf_effattn import SparseConfig
+from hf_effattn import LinearConfig, SparseConfig
 from hf_effattn.attention import HeadGeometry, make_mechanism
+from hf_effattn.integration import tensor_parallel
 from hf_effattn.patterns import PATTERNS, Pattern, Retention
 from hf_effattn.patterns.base import register_pattern
 
@@ -59,6 +62,33 @@ def test_a_model_that_is_shared_out_can_be_converted_and_reverted(case: Case, ou
     assert_same(torch.load(outcomes / f"{case} reverted.pt"), net)
     net.zero_grad()
     assert_same(torch.load(outcomes / f"{case} later.pt"), net.convert_attention(case.mechanism, **case.options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["loaded", "later"])
+@pytest.mark.parametrize("family", worker.WHOLE_HEADS)
+def test_heads_that_stay_in_all_processes_are_not_shared_out(family: str, way: str, outcomes: Path) -> None:
+    assert_same(torch.load(outcomes / f"{family} {way}.pt"), worker.shareable(DEFAULTS[0], family))
+
+
+@pytest.mark.parametrize("with_own", [True, False])
+def test_copies_of_what_is_shared_out_have_parameters_of_their_own(with_own: bool) -> None:
+    """As a process of one group does it; what is copied or pickled computes with its own parameters."""
+    made = make_mechanism(LinearConfig(window=0), HeadGeometry(4, 2, 16, 16))
+    made.share_heads(2)
+    made.register_forward_pre_hook(tensor_parallel._take_own)
+    made.register_forward_hook(tensor_parallel._give_back, always_call=True)
+    copied = copy.deepcopy(made) if with_own else pickle.loads(pickle.dumps(made))
+    for mechanism in (made, copied):
+        for parameter in mechanism.parameters():  # those of the heads of one process
+            parameter.data = torch.randn_like(parameter)[: len(parameter) // 2]
+    inputs = [torch.randn(1, heads, 9, 16) for heads in (2, 1, 1)]
+    copied(*inputs, scale=0.25).sum().backward()
+    assert all(p.grad is None for p in made.parameters())
+    assert all(p.grad is not None for p in copied.parameters())
+    with pytest.raises(ValueError, match="converted for"):
+        copied(*[x[..., :8] for x in inputs], scale=0.25)
+    assert not hasattr(copied, "put_aside")
 
 
 def test_patterns_of_which_nothing_is_known_are_not_shared_out() -> None:

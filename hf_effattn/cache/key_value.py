@@ -68,10 +68,11 @@ class KeyValueStore(Slots):
                 in this way before does not.
         """
         tokens = key.shape[2]
-        if tokens == 1 and lengths is None and in_place and may_overwrite(state.keys):
-            return self._append_one(state, key, value)
-        if (in_place or may_fill) and lengths is None and self._has_no_ring(state) and may_overwrite(state.keys):
-            return self._append_behind(state, key, value, in_place)
+        if (in_place or may_fill) and lengths is None and all(map(may_overwrite, state[:3])):
+            if tokens == 1 and in_place:
+                return self._append_one(state, key, value)
+            if self._has_no_ring(state):
+                return self._append_behind(state, key, value, in_place)
         added = key.new_full((key.shape[0],), tokens, dtype=torch.int64) if lengths is None else lengths
         num_tokens = state.num_tokens + added
         least = state.least

@@ -15,7 +15,7 @@ from .masks import effattn_mask
 from .natives import FULL, SLIDING, NativeLayer, native_layers
 from .positions import guard_positions, unguard_positions
 from .swap import become_converted, become_original, swap_submodels
-from .tensor_parallel import extend_plan, register_style
+from .tensor_parallel import extend_plan, num_shares, register_style
 
 __all__ = [
     "FORMAT_VERSION",
@@ -35,6 +35,7 @@ __all__ = [
     "is_learned",
     "keep_inside",
     "native_layers",
+    "num_shares",
     "register",
     "register_config",
     "set_builder",

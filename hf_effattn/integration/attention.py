@@ -92,9 +92,9 @@ def effattn_attention(
             "no weights over them. Attention weights exist for a whole text at once, with no cache or an empty one"
         )
     segments = read_mask(attention_mask, num_tokens, num_seen, kwargs.get("sliding_window"))
-    if segments is None:
-        documents = documents_of(effattn_positions)
-        segments = None if documents is None else documents.expand(query.shape[0], -1)
+    if segments is None or segments.dtype == torch.bool:
+        documents = documents_of(effattn_positions, segments)
+        segments = segments if documents is None else documents.expand(query.shape[0], -1)
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         segments = read_lengths(segments, cu_seq_lens_q, cu_seq_lens_k, query)
     if segments is not None and effattn_layer is not None and segments.dtype != torch.bool:

@@ -127,24 +127,31 @@ def read_mask(
     return None if segments.dtype == torch.bool and bool(segments.all()) else segments
 
 
-def documents_of(positions: torch.Tensor | None) -> torch.Tensor | None:
-    """Return the documents that positions `[B or 1, T]` tell by beginning anew, as segments; None for one a row.
+def documents_of(positions: torch.Tensor | None, real: torch.Tensor | None = None) -> torch.Tensor | None:
+    """Return the documents that positions tell by beginning anew, as segments; None if there is one a row.
 
     For families that know packing by nothing else: transformers looks at positions where it makes masks, but not all
-    models hand them over.
+    models hand them over, and none looks at them where there is a mask.
+
+    Args:
+        positions: Of the tokens `[B or 1, T]`.
+        real: Which tokens are no padding `[B, T]`, booleans; None for all.
     """
     if positions is None or positions.ndim != 2 or positions.shape[1] == 1:
         return None
-    restarts = positions.diff(dim=1) <= 0
+    if real is None:
+        real = torch.ones_like(positions, dtype=torch.bool)
+    positions = positions.expand(real.shape[0], -1)
+    index = torch.arange(positions.shape[1], device=positions.device)
+    latest = torch.where(real, index, -1).cummax(dim=1).values  # last real token up to and including each
+    before = functional.pad(latest[:, :-1], (1, 0), value=-1)
+    begins = real & (before >= 0) & (positions <= positions.gather(1, before.clamp(min=0)))
     if torch.compiler.is_compiling():  # a graph cannot depend on where documents begin
         torch._assert_async(
-            ~restarts.any(),
-            "compiled or exported, models of this family take one document a row: position_ids must grow",
+            ~begins.any(), "compiled or exported, models of this family take one document a row: position_ids must grow"
         )
         return None
-    if not bool(restarts.any()):
-        return None
-    return 1 + functional.pad(restarts, (1, 0)).long().cumsum(dim=1)
+    return (1 + begins.long().cumsum(dim=1)) * real if bool(begins.any()) else None
 
 
 def read_lengths(
@@ -167,23 +174,28 @@ def read_lengths(
             documents begin elsewhere by `position_ids` or the mask.
     """
     batch, _, tokens, _ = query.shape
-    if not all(isinstance(x, torch.Tensor) for x in (of_queries, of_keys)):
-        raise ValueError("cu_seq_lens_q and cu_seq_lens_k must both be given, as tensors, or none of them")
+    if not all(isinstance(x, torch.Tensor) and x.ndim == 1 for x in (of_queries, of_keys)) or batch != 1:
+        raise ValueError(
+            "cu_seq_lens_q and cu_seq_lens_k must both be given, as tensors of one dimension, or none of them, and for "
+            f"documents packed into one row; got {type(of_queries).__name__}, {type(of_keys).__name__} and {batch} rows"
+        )
+    is_one = len(of_queries) == 2
     if not torch.compiler.is_compiling():
-        numbers, same = of_queries.tolist(), of_queries.tolist() == of_keys.tolist()
-        if not same or batch != 1 or numbers[:1] != [0] or numbers[-1:] != [tokens] or numbers != sorted(numbers):
+        numbers = of_queries.tolist()
+        is_one = len({*numbers}) == 2
+        if numbers != of_keys.tolist() or numbers[:1] != [0] or numbers[-1:] != [tokens] or numbers != sorted(numbers):
             raise ValueError(
-                f"cu_seq_lens_q and cu_seq_lens_k must be the same numbers that grow from 0 to T = {tokens}, for "
-                f"documents packed into one row; got {numbers} and {of_keys.tolist()}, and {batch} rows"
+                f"cu_seq_lens_q and cu_seq_lens_k must be the same numbers that grow from 0 to T = {tokens}; got "
+                f"{numbers} and {of_keys.tolist()}"
             )
     ends = of_queries.to(query.device)
     segment_ids = torch.bucketize(torch.arange(tokens, device=ends.device), ends[1:], right=True)[None] + 1
-    if segments is None:
-        return None if len(ends) == 2 else segment_ids
-    if segments.dtype == torch.bool:
-        return segments if len(ends) == 2 else segment_ids * segments
-    if not torch.compiler.is_compiling() and not torch.equal(*(x.diff(dim=1) != 0 for x in (segments, segment_ids))):
-        raise ValueError("by cu_seq_lens_q documents begin elsewhere than by position_ids or the mask")
+    if segments is None or segments.dtype == torch.bool:
+        return segments if is_one else segment_ids if segments is None else segment_ids * segments
+    if not torch.compiler.is_compiling():
+        both = (segments[:, 1:] > 0) & (segments[:, :-1] > 0)
+        if not torch.equal(*((x.diff(dim=1) != 0) & both for x in (segments, segment_ids))):
+            raise ValueError("by cu_seq_lens_q documents begin elsewhere than by position_ids or the mask")
     return segments
 
 

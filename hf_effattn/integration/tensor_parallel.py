@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -35,7 +33,8 @@ class ByHead(TensorParallelLayer):
         """
         if hasattr(module, "share_heads"):
             module.share_heads(mesh.size())  # type: ignore[operator]
-            module.forward = _locally(module, module.forward)
+            module.register_forward_pre_hook(_take_own)
+            module.register_forward_hook(_give_back, always_call=True)
         return module
 
 
@@ -50,14 +49,29 @@ def extend_plan(model: PreTrainedModel) -> None:
     plan = {name: style for name, style in (model._tp_plan or {}).items() if style != STYLE}
     if not plan:
         return
+    model._tp_plan = plan
     for name, module in model.named_modules():
         mechanism: Any = getattr(module, "effattn", None)
-        if mechanism is None:
+        if mechanism is None or not _has_own_heads(plan, name):
             continue
-        plan |= {_generic(part): STYLE for part, _ in mechanism.named_modules(prefix=f"{name}.effattn")}
+        model._tp_plan |= {_generic(part): STYLE for part, _ in mechanism.named_modules(prefix=f"{name}.effattn")}
         if (model._tp_size or 1) > 1 and mechanism.own == mechanism.geometry:
             _share_out(mechanism, _mesh_of(module))
-    model._tp_plan = plan
+
+
+def num_shares(model: PreTrainedModel, attention: nn.Module) -> int:
+    """Return over how many processes the heads of an attention module of `model` are shared out."""
+    size: int = model._tp_size or 1
+    if size == 1:
+        return 1
+    name = next(name for name, module in model.named_modules() if module is attention)
+    return size if _has_own_heads(model._tp_plan or {}, name) else 1
+
+
+def _has_own_heads(plan: dict[str, str], attention: str) -> bool:
+    """Whether by a plan each process projects to heads of its own; in some families all processes have all of them."""
+    inside = f"{_generic(attention)}."
+    return any(style in ("colwise", "packed_colwise") for name, style in plan.items() if name.startswith(inside))
 
 
 def _share_out(mechanism: nn.Module, mesh: Any) -> None:
@@ -79,24 +93,18 @@ def _generic(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _locally(mechanism: nn.Module, forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Return the forward of a mechanism as it is computed with the parameters of this process."""
-
-    def local_forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-        with ExitStack() as stack:
-            for part in mechanism.modules():
-                stack.enter_context(_local_parameters(part))
-            return forward(*args, **kwargs)
-
-    return local_forward
+def _take_own(mechanism: Any, _: Any) -> None:
+    """Forward pre-hook: put the parameters of this process in the place of those that are shared out."""
+    mechanism.put_aside = []
+    for part in mechanism.modules():
+        parameters: dict[str, Any] = part._parameters
+        whole = {name: x for name, x in parameters.items() if isinstance(x, DTensor)}
+        mechanism.put_aside.append((parameters, whole))
+        parameters.update({name: x.to_local() for name, x in whole.items()})
 
 
-@contextmanager
-def _local_parameters(module: nn.Module) -> Iterator[None]:
-    parameters: dict[str, Any] = module._parameters
-    whole = {name: x for name, x in parameters.items() if isinstance(x, DTensor)}
-    parameters.update({name: x.to_local() for name, x in whole.items()})
-    try:
-        yield
-    finally:
+def _give_back(mechanism: Any, *_: Any) -> None:
+    """Forward hook: undo `_take_own`."""
+    for parameters, whole in mechanism.put_aside:
         parameters.update(whole)
+    del mechanism.put_aside
