@@ -139,6 +139,8 @@ def documents_of(positions: torch.Tensor | None, real: torch.Tensor | None = Non
     """
     if positions is None or positions.ndim != 2 or positions.shape[1] == 1:
         return None
+    if not torch.compiler.is_compiling() and bool((positions.diff(dim=1) > 0).all()):
+        return None  # as mostly, and known at once
     if real is None:
         real = torch.ones_like(positions, dtype=torch.bool)
     positions = positions.expand(real.shape[0], -1)
