@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.output_capturing import _active_collector
 
 from ..cache import EffAttnCacheLayer
-from .masks import documents_of, read_lengths, read_mask
+from .masks import read_mask
+from .packing import documents_of, read_lengths
 
 NAME = "hf_effattn"
 

@@ -13,7 +13,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Encod
 
 from ..cache import CACHE_ARGUMENTS, EffAttnCacheLayer
 from .attention import NAME
-from .masks import documents_of, refuse_padded_past
+from .masks import refuse_padded_past
+from .packing import documents_of
 
 
 def attach(module: nn.Module, mechanism: nn.Module, forward: Callable[..., Any] | None = None) -> None:
