@@ -71,11 +71,8 @@ class Bench:
         return [x.to(self.device, self.dtype).transpose(1, 2) for x in made]
 
     def mechanism(self, name: str) -> torch.nn.Module:
-        return (
-            make_mechanism((CONFIGS | TRITON | FLEX | DECODED | DRAFTED)[name], self.heads)
-            .to(self.device, self.dtype)
-            .eval()
-        )
+        config = (CONFIGS | TRITON | FLEX | DECODED | DRAFTED)[name]
+        return make_mechanism(config, self.heads).to(self.device, self.dtype).eval()
 
     def chunk_flops(self, features: int, chunk: int) -> int:
         """Floating-point operations a token of linear attention in chunks, its products within a chunk in full."""

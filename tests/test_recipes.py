@@ -60,16 +60,8 @@ def test_a_text_too_short_to_show_anything_is_refused(demo: ModuleType) -> None:
 def test_the_benchmark_writes_numbers_and_tables(tmp_path: Path) -> None:
     out = tmp_path / "results" / "tiny.json"
     arguments = ["--lengths", "64", "128", "--rounds", "1", "--out", str(out)]
-    command = [
-        sys.executable,
-        str(RECIPES / "benchmark.py"),
-        "--suite",
-        "prefill",
-        "decode",
-        "draft",
-        "train",
-        *arguments,
-    ]
+    suites = ["prefill", "decode", "draft", "train"]
+    command = [sys.executable, str(RECIPES / "benchmark.py"), "--suite", *suites, *arguments]
     subprocess.run(command, check=True, capture_output=True)
     result = json.loads(out.read_text())
     assert set(result["seconds"]) == {"prefill", "decode", "draft", "train"}

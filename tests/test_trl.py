@@ -54,10 +54,6 @@ def saved(case: Case, folder: Path) -> str:
     return str(folder)
 
 
-def lora() -> LoraConfig:
-    return LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["effattn"], init_lora_weights=False)
-
-
 def logged(trainer: Any, name: str) -> list[float]:
     trainer.train()
     return [entry[name] for entry in trainer.state.log_history if name in entry]
@@ -107,9 +103,8 @@ def test_packed_texts_do_not_see_each_other(case: Case, tmp_path: Path) -> None:
 def test_preferences_are_learned_against_the_converted_model(case: Case, adapter: bool, tmp_path: Path) -> None:
     """Of a folder, since TRL makes the reference from where the model came from; with LoRA, the model without it."""
     net = converted(case) if adapter else saved(case, tmp_path / "converted")
-    extra: dict[str, Any] = {"peft_config": lora(), "processing_class": TOKENIZER} if adapter else {}
-    if adapter:
-        extra["peft_config"].init_lora_weights = True
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["effattn"])
+    extra: dict[str, Any] = {"peft_config": lora, "processing_class": TOKENIZER} if adapter else {}
     trainer = DPOTrainer(net, args=DPOConfig(str(tmp_path), **COMMON), train_dataset=PREFERENCES, **extra)
     margins = logged(trainer, "rewards/margins")
     assert margins[0] == pytest.approx(0.0, abs=1e-5)

@@ -67,13 +67,13 @@ class SelectedAttention(Mechanism):
             if tokens > 1:
                 return attend_causal(query, keys, values, call.scale), state
             return attend(query, keys, values, None, call.scale), state
-        tensors = (query, state.store.keys, state.store.values, state.summary, positions, self.selection(call.scale))
+        past = (state.store.keys, state.store.values, state.summary)
+        selection = self.selection(call.scale)
         if self.options.backend == "reference" or not self._are_few(query, state.store):
-            return selected_attention(*tensors, backend=self.options.backend), state
-        if tokens == 1:
-            return step(*tensors), state
+            return selected_attention(query, *past, positions, selection, backend=self.options.backend), state
         each = zip(query.split(1, dim=2), positions.split(1, dim=1), strict=True)
-        return torch.cat([step(q, *tensors[1:4], at, tensors[5]) for q, at in each], dim=2), state
+        outputs = [step(q, *past, at, selection) for q, at in each]
+        return outputs[0] if tokens == 1 else torch.cat(outputs, dim=2), state
 
     def _are_few(self, query: torch.Tensor, store: KeyValueState) -> bool:
         """Whether queries are fastest one by one, each with the blocks it selects."""

@@ -147,7 +147,7 @@ class SparseAttention(Mechanism):
     def _goes_behind(self, state: KeyValueState, call: Call) -> bool:
         """Whether several tokens can be written behind all others, each into the slot of its position."""
         plain = call.may_fill and call.lengths is None and not self._needs_masks(call)
-        return plain and self.store.window is None and state.least == state.most
+        return plain and self.store.has_no_ring(state)
 
     def _attend_behind(
         self, state: KeyValueState, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, call: Call

@@ -71,7 +71,7 @@ class KeyValueStore(Slots):
         if (in_place or may_fill) and lengths is None and all(map(may_overwrite, state[:3])):
             if tokens == 1 and in_place:
                 return self._append_one(state, key, value)
-            if self._has_no_ring(state):
+            if self.has_no_ring(state):
                 return self._append_behind(state, key, value, in_place)
         added = key.new_full((key.shape[0],), tokens, dtype=torch.int64) if lengths is None else lengths
         num_tokens = state.num_tokens + added
@@ -146,6 +146,10 @@ class KeyValueStore(Slots):
         slots = self.num_slots(num_tokens)
         return slots * (num_heads * (key_dim + value_dim) * dtype.itemsize + 8) + 8
 
+    def has_no_ring(self, state: KeyValueState) -> bool:
+        """Whether all is kept, each position in its own slot, and all rows are as long."""
+        return self.window is None and state.least == state.most
+
     def _leading(
         self, state: KeyValueState, key: torch.Tensor, value: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,10 +173,6 @@ class KeyValueStore(Slots):
         keys, values = (functional.pad(x, (0, 0, 0, missing)) for x in (state.keys, state.values))
         positions = functional.pad(state.positions, (0, missing), value=-1)
         return state._replace(keys=keys, values=values, positions=positions)
-
-    def _has_no_ring(self, state: KeyValueState) -> bool:
-        """Whether all is kept, each position in its own slot, and all rows are as long."""
-        return self.window is None and state.least == state.most
 
     def _append_behind(
         self, state: KeyValueState, key: torch.Tensor, value: torch.Tensor, in_place: bool

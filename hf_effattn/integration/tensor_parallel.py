@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
+from transformers.distributed.tensor_parallel import (
+    ALL_PARALLEL_STYLES,
+    TensorParallelLayer,
+    replace_layer_number_by_wildcard,
+)
 
 if torch.distributed.is_available():  # some builds of PyTorch lack it
     from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -54,7 +58,8 @@ def extend_plan(model: PreTrainedModel) -> None:
         mechanism: Any = getattr(module, "effattn", None)
         if mechanism is None or not _has_own_heads(plan, name):
             continue
-        model._tp_plan |= {_generic(part): STYLE for part, _ in mechanism.named_modules(prefix=f"{name}.effattn")}
+        parts = (part for part, _ in mechanism.named_modules(prefix=f"{name}.effattn"))
+        model._tp_plan |= {replace_layer_number_by_wildcard(part): STYLE for part in parts}
         if (model._tp_size or 1) > 1 and mechanism.own == mechanism.geometry:
             _share_out(mechanism, _mesh_of(module))
 
@@ -70,7 +75,7 @@ def num_shares(model: PreTrainedModel, attention: nn.Module) -> int:
 
 def _has_own_heads(plan: dict[str, str], attention: str) -> bool:
     """Whether by a plan each process projects to heads of its own; in some families all processes have all of them."""
-    inside = f"{_generic(attention)}."
+    inside = f"{replace_layer_number_by_wildcard(attention)}."
     return any(style in ("colwise", "packed_colwise") for name, style in plan.items() if name.startswith(inside))
 
 
@@ -86,11 +91,6 @@ def _mesh_of(attention: nn.Module) -> Any:
     """Return the mesh over which the projections of an attention module are shared out."""
     mesh = next(p.device_mesh for p in attention.parameters() if isinstance(p, DTensor))
     return mesh if mesh.ndim == 1 else mesh["tp"]
-
-
-def _generic(name: str) -> str:
-    """Return the name of a module with `*` for the numbers of layers."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _take_own(mechanism: Any, _: Any) -> None:
